@@ -1,0 +1,224 @@
+"""The gptcli program: the table of commands, loaded when named, and the one place where an error becomes an exit code."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from gptcli import __version__
+from gptcli.cli.out import Output
+from gptcli.errors import ExitCode, GptcliError, OutputError, ResourceError, UsageError
+
+
+class Entry(NamedTuple):
+    """A command: its line in the list, and ``module:function`` or the commands below it."""
+
+    summary: str
+    target: str | Mapping[str, Entry]
+
+
+COMMANDS: dict[str, Entry] = {
+    "generate": Entry("Continue a text, streaming.", "gptcli.cli.generate:generate"),
+    "tokenize": Entry("See, count, cut and split the tokens of a text.", "gptcli.cli.tokenize:tokenize"),
+    "count-params": Entry("Report a model's parameters, matrix by matrix.", "gptcli.cli.count_params:count_params"),
+    "train": Entry("Train a model on text.", "gptcli.cli.train:train"),
+    "models": Entry(
+        "See which models are here, and check them.",
+        {
+            "list": Entry("List the models on this machine.", "gptcli.cli.models:list_models"),
+            "show": Entry("Show one model: its shape, size and files.", "gptcli.cli.models:show_model"),
+            "verify": Entry("Check a model's files against its hashes and headers.", "gptcli.cli.models:verify_model"),
+        },
+    ),
+}
+
+_SETTINGS: dict[str, Any] = {"rich_markup_mode": None, "pretty_exceptions_enable": False, "add_completion": False}
+_NAMES = {"help_option_names": ["-h", "--help"]}
+
+
+class LeafCommand(TyperCommand):
+    """One command: its own options, the options of every command, and ``GPTCLI_<OPTION>`` for each."""
+
+    def __init__(self, name: str | None, **settings: Any) -> None:
+        super().__init__(name, **settings)
+        own = {option for param in self.params for option in param.opts}
+        for param in _common_params():
+            if not own & {option for option in param.opts if option.startswith("--")}:
+                self.params.append(param)
+        for param in self.params:
+            if param.param_type_name == "option" and not param.envvar:
+                param.envvar = "GPTCLI_" + _long_name(param.opts).upper().replace("-", "_")
+                param.show_envvar = False
+
+    def invoke(self, ctx: Any) -> Any:
+        from gptcli.cli.options import COMMON_NAMES
+
+        common = {name: ctx.params.pop(name) for name in COMMON_NAMES if name in ctx.params}
+        if ctx.params.get("format") == "json":
+            common["json_"] = True
+        ctx.find_object(Output).configure(**common)
+        return super().invoke(ctx)
+
+
+class LazyGroup(TyperGroup):
+    """A group that knows its commands' summaries, and imports a command's file only when the command is named."""
+
+    entries: Mapping[str, Entry] = COMMANDS
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(self.entries)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in self.entries:
+            return None
+        if cmd_name not in self.commands:
+            self.commands[cmd_name] = _load(cmd_name, self.entries[cmd_name])
+        return self.commands[cmd_name]
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args and args[0] not in self.entries and not args[0].startswith("-"):
+            raise UsageError(f"there is no command {args[0]!r}", _nearest(args[0], self.entries, ctx.command_path))
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, entry.summary) for name, entry in self.entries.items()])
+
+
+def _load(name: str, entry: Entry) -> Any:
+    if not isinstance(entry.target, str):
+        group = _group(name, entry.target)
+        app = typer.Typer(name=name, cls=group, no_args_is_help=True, help=entry.summary, **_SETTINGS)
+        app.callback(context_settings=_NAMES)(lambda: None)
+        command = typer.main.get_command(app)
+        command.name = name
+        return command
+    module, _, function = entry.target.partition(":")
+    app = typer.Typer(**_SETTINGS)
+    app.command(name, cls=LeafCommand, context_settings=_NAMES)(getattr(importlib.import_module(module), function))
+    return typer.main.get_command(app)
+
+
+def _group(name: str, entries: Mapping[str, Entry]) -> type[LazyGroup]:
+    return type("LazyGroup", (LazyGroup,), {"entries": entries, "__doc__": name})
+
+
+def _common_params() -> Sequence[Any]:
+    from gptcli.cli import options
+
+    app = typer.Typer(**_SETTINGS)
+    app.command()(options.common)
+    return typer.main.get_command(app).params
+
+
+def _long_name(names: Sequence[str]) -> str:
+    return max(names, key=len).lstrip("-")
+
+
+def _nearest(name: str, known: Any, path: str) -> str:
+    from difflib import get_close_matches
+
+    near = get_close_matches(name, list(known), n=1)
+    return f"did you mean {near[0]}?" if near else f"{path} --help lists them"
+
+
+def make_app(*, completion: bool) -> typer.Typer:
+    """The program; with ``completion`` Typer's two options for it, whose types are slow to import, are there."""
+    app = typer.Typer(
+        name="gptcli", cls=LazyGroup, no_args_is_help=True, **{**_SETTINGS, "add_completion": completion}
+    )
+
+    @app.callback(
+        context_settings=_NAMES,
+        help="A GPT for the terminal: it continues text, counts parameters, and works in pipes.",
+        epilog="Completion of commands and options in your shell: gptcli --install-completion",
+    )
+    def root(version: bool = typer.Option(False, "--version", is_eager=True, help="Show the version.")) -> None:
+        if version:
+            typer.echo(f"gptcli {__version__}")
+            raise typer.Exit()
+
+    return app
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line (without the program's name); returns the exit code and raises nothing."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    completion = any("-completion" in arg for arg in args[:1]) or "_GPTCLI_COMPLETE" in os.environ
+    out = Output.standard(json=_wants_json(args))
+    try:
+        from gptcli.cli.options import read_settings
+
+        command = typer.main.get_command(make_app(completion=completion))
+        settings = {"default_map": read_settings(args)}
+        result = command.main(args, prog_name="gptcli", standalone_mode=False, obj=out, **settings)
+        out.close()
+        return int(result or 0)
+    except KeyboardInterrupt:
+        out.interrupted()
+        return ExitCode.INTERRUPTED
+    except BaseException as error:
+        if os.environ.get("GPTCLI_DEBUG") == "1" and not isinstance(error, SystemExit):
+            import traceback
+
+            traceback.print_exc()
+        return _report(error, out)
+
+
+def _report(error: BaseException, out: Output) -> int:
+    """Say what an exception means, once, and give its exit code."""
+    if isinstance(error, BrokenPipeError):
+        out.abandon()
+        return ExitCode.OK
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else ExitCode.FAULT
+    if type(error).__name__ == "NoArgsIsHelpError":
+        typer.echo(str(getattr(error, "message", "")), err=True)
+        return ExitCode.USAGE
+    known = _as_gptcli_error(error)
+    out.error(known)
+    return known.exit_code
+
+
+def _as_gptcli_error(error: BaseException) -> GptcliError:
+    if isinstance(error, GptcliError):
+        return error
+    if isinstance(error, typer.Abort):
+        return UsageError("given up", "")
+    if isinstance(error, typer.TyperException):  # wrong options and values
+        context = getattr(error, "ctx", None)
+        path = context.command_path if context else "gptcli"
+        message = error.format_message()
+        return UsageError(message[:1].lower() + message[1:].rstrip("."), f"{path} --help lists the options")
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or _allocation_failed(error):
+        return ResourceError("there is not enough memory", "use a smaller model, a smaller batch, or --dtype bfloat16")
+    if isinstance(error, OSError):
+        what = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
+        return OutputError(f"the system refused: {what}", "check the path, its permissions and the room on the disk")
+    return GptcliError(
+        f"a fault of gptcli: {type(error).__name__}: {error}".rstrip(": "),
+        "run it again with GPTCLI_DEBUG=1 and report what it prints",
+    )
+
+
+def _allocation_failed(error: BaseException) -> bool:
+    """PyTorch's CPU allocator raises a plain RuntimeError."""
+    return isinstance(error, RuntimeError) and "not enough memory" in str(error)
+
+
+def _wants_json(args: Sequence[str]) -> bool:
+    """Whether errors, too, shall be JSON: known before the options are parsed, since parsing may fail."""
+    ours = list(args[: args.index("--")] if "--" in args else args)
+    pairs = zip(ours, ours[1:], strict=False)
+    return "--json" in ours or "--format=json" in ours or ("--format", "json") in pairs
+
+
+def run() -> None:
+    """The console script."""
+    sys.exit(main())

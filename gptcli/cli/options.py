@@ -1,0 +1,96 @@
+"""The option types that commands share, and where their values come from besides the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from gptcli.errors import UsageError
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON object, or one a line where results repeat.")]
+Format = Annotated[str | None, typer.Option("--format", metavar="text|json", help="text, or json (the same as --json).")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No notes on stderr.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="More detail on stderr.")]
+Color = Annotated[str, typer.Option("--color", metavar="auto|always|never", help="Colour, on a terminal by default.")]
+
+Model = Annotated[
+    str | None,
+    typer.Option("--model", "-m", metavar="MODEL", help="A shipped model, a folder, or a Hub id that is cached here."),
+]
+Files = Annotated[
+    list[Path] | None, typer.Option("--file", "-f", metavar="FILE", help="Read text from a file; may be repeated.")
+]
+NoStdin = Annotated[bool, typer.Option("--no-stdin", help="Do not read standard input, even if it is a pipe.")]
+Strip = Annotated[bool, typer.Option("--strip", help="Take the last newline off piped text.")]
+Errors = Annotated[
+    str, typer.Option("--errors", metavar="strict|replace|skip", help="What to do with bytes that are not UTF-8.")
+]
+Special = Annotated[
+    str, typer.Option("--special", metavar="text|parse", help="Whether <|endoftext|> in a text is text or the token.")
+]
+Device = Annotated[str, typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda, cuda:N or mps.")]
+Dtype = Annotated[str, typer.Option("--dtype", metavar="DTYPE", help="auto, float32, bfloat16 or float16.")]
+Seed = Annotated[int | None, typer.Option("--seed", metavar="N", help="Same seed, same text; drawn and told if not set.")]
+Threads = Annotated[int | None, typer.Option("--threads", metavar="N", help="CPU threads to use.")]
+Offline = Annotated[bool, typer.Option("--offline", help="Never use the network.")]
+
+
+def common(json_: Json = False, format: Format = None, quiet: Quiet = False, verbose: Verbose = False, color: Color = "auto") -> None:
+    """The options that every command takes; ``Output.configure`` reads them."""
+
+
+COMMON_NAMES = tuple(common.__annotations__)[:-1]
+
+
+def choice(name: str, value: str, choices: Sequence[str]) -> str:
+    """``value`` if it is one of the choices; else a UsageError that lists them."""
+    if value not in choices:
+        raise UsageError(f"{name} {value!r} is not a choice", f"use {', '.join(choices)}")
+    return value
+
+
+def read_settings(args: Sequence[str]) -> dict[str, Any]:
+    """Defaults from ``config.toml`` in the user's config folder, shaped as the parser takes them.
+
+    A key at the top counts for every command, a table ``[generate]`` for that one. Raises UsageError when the file is
+    not TOML or a command's table names an option that is not there.
+    """
+    file = Path(typer.get_app_dir("gptcli")) / "config.toml"
+    if not file.is_file():
+        return {}
+    import sys
+
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    try:
+        raw = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{file} can't be read: {error}", "correct it or move it away") from None
+    from gptcli.cli import COMMANDS
+
+    everywhere = {_key(name): value for name, value in raw.items() if not isinstance(value, dict)}
+    unknown = [name for name, value in raw.items() if isinstance(value, dict) and name not in COMMANDS]
+    if unknown:
+        raise UsageError(f"{file} has a table for {unknown[0]!r}, which is no command", "correct its name")
+    return {name: everywhere | _table(file, name, raw.get(name, {}), args) for name in COMMANDS}
+
+
+def _table(file: Path, command: str, table: dict[str, Any], args: Sequence[str]) -> dict[str, Any]:
+    values = {_key(name): value for name, value in table.items()}
+    if values and command in args[:1]:
+        from gptcli.cli import COMMANDS, _load
+
+        known = {param.name for param in getattr(_load(command, COMMANDS[command]), "params", [])}
+        if unknown := sorted(values.keys() - known):
+            raise UsageError(f"{file}: [{command}] has no option {unknown[0]!r}", f"gptcli {command} --help lists them")
+    return values
+
+
+def _key(name: str) -> str:
+    name = name.replace("-", "_")
+    return "json_" if name == "json" else name

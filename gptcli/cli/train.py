@@ -1,0 +1,290 @@
+"""``gptcli train``: text in, a model folder out, with its progress told as it goes."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gptcli.cli import options
+from gptcli.cli.out import Output
+from gptcli.errors import NotFoundError, OutputError, UsageError
+
+if TYPE_CHECKING:
+    from gptcli.spec.config import ModelConfig
+    from gptcli.text.tokenizer import Tokenizer
+    from gptcli.train.data import Corpus
+    from gptcli.train.loop import Plan
+
+_LINE_EVERY_SECONDS = 10.0
+
+
+def train(
+    ctx: typer.Context,
+    data: Annotated[list[str], typer.Argument(metavar="DATA...", help="Text files, .xz or .gz, or - for stdin.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="The model folder to write.")],
+    valid: Annotated[
+        list[str] | None, typer.Option("--valid", metavar="FILE", help="Text to evaluate on; else 1% of the documents.")
+    ] = None,
+    preset: Annotated[str | None, typer.Option("--preset", help="A size by name: gpt2, gpt2-medium, ...")] = None,
+    config: Annotated[Path | None, typer.Option("--config", help="A config.json to take the size from.")] = None,
+    layers: Annotated[int, typer.Option("--layers", min=1)] = 6,
+    heads: Annotated[int | None, typer.Option("--heads", min=1, help="Default: one for each 64 of width.")] = None,
+    width: Annotated[int, typer.Option("--width", min=1)] = 256,
+    context: Annotated[int, typer.Option("--context", min=2, help="The most tokens that the model sees.")] = 512,
+    vocab_size: Annotated[int | None, typer.Option("--vocab-size", help="Train a tokenizer of this size.")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option("--tokenizer", help="Use a model's tokenizer; default: the shipped model's.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option("--steps", min=1)] = None,
+    tokens: Annotated[int | None, typer.Option("--tokens", min=1)] = None,
+    epochs: Annotated[float | None, typer.Option("--epochs", help="Passes over the data; 1 if no length is given.")] = None,
+    minutes: Annotated[float | None, typer.Option("--minutes")] = None,
+    batch_tokens: Annotated[int, typer.Option("--batch-tokens", min=1, help="Tokens a step.")] = 8192,
+    lr: Annotated[float, typer.Option("--lr", help="The highest learning rate.")] = 1e-3,
+    weight_decay: Annotated[float, typer.Option("--weight-decay")] = 0.1,
+    eval_every: Annotated[int, typer.Option("--eval-every", min=0, help="Steps; 0: only at the end.")] = 250,
+    save_every: Annotated[int, typer.Option("--save-every", min=0, help="Steps; 0: only at the end.")] = 1000,
+    seed: options.Seed = None,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    save_dtype: Annotated[str, typer.Option("--save-dtype", help="The type to store: float32, bfloat16, float16.")] = "float32",
+    threads: options.Threads = None,
+    compile: Annotated[bool, typer.Option("--compile/--no-compile", help="Compile the model first.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the model in DIR.")] = False,
+) -> None:
+    """Train a model on text.
+
+    Documents are parted by <|endoftext|>; a file named twice counts twice. DIR becomes a model folder that every
+    command, and transformers, can open.
+    """
+    said: Output = ctx.obj
+    _check_lengths({"--steps": steps, "--tokens": tokens, "--epochs": epochs, "--minutes": minutes})
+    for name, value in (("--lr", lr), ("--epochs", epochs), ("--minutes", minutes)):
+        if value is not None and not 0 < value < float("inf"):
+            raise UsageError(f"{name} {value} is not above 0", f"give {name} a positive number")
+    if vocab_size is not None and tokenizer is not None:
+        raise UsageError("--vocab-size trains a tokenizer, --tokenizer takes one", "give one of them")
+    if data.count("-") > 1 or ("-" in data and vocab_size is not None):
+        raise UsageError("stdin can be read only once", "put the text into a file")
+    _claim(out, force)
+
+    from gptcli.core import runtime
+    from gptcli.core.build import random_model
+    from gptcli.train import data as text
+    from gptcli.train.loop import Plan, train
+
+    runtime.set_threads(threads)
+    target = runtime.pick_device(device)
+    kind = runtime.pick_dtype(dtype if dtype != "auto" else _fast_dtype(target), None, target)
+    stored = runtime.pick_dtype(save_dtype, None, runtime.torch.device("meta"))
+    drawn = seed if seed is not None else runtime.draw_seed()
+    if seed is None:
+        said.note(f"seed {drawn}")
+
+    held_out = 0.0 if valid else 0.01
+    files = _tokenizer_files(said, data, held_out, vocab_size, tokenizer)
+    for name, content in files.items():
+        _write(out / name, content)
+    from gptcli.text.tokenizer import Tokenizer
+
+    words = Tokenizer.from_folder(out)
+    start_id = _start_token(words)
+    corpora = _read_corpora(said, data, valid or [], held_out, words, start_id)
+    size = _size(preset, config, layers, heads, width, context, words, start_id)
+    plan = Plan(
+        batch_tokens=batch_tokens,
+        lr=lr,
+        weight_decay=weight_decay,
+        steps=_steps(steps, tokens, epochs, minutes, batch_tokens, size.context, corpora[0]),
+        minutes=minutes,
+        eval_every=eval_every,
+        save_every=save_every,
+        seed=drawn,
+        dtype=kind,
+        save_dtype=stored,
+        compile=compile,
+    )
+    _write(out / "train.toml", _train_toml(plan, size, data).encode())
+    model = random_model(size, drawn).to(target)
+    _follow(said, train(model, corpora[0], corpora[1:], plan, out, files), plan, out)
+
+
+def _check_lengths(lengths: dict[str, Any]) -> None:
+    given = [name for name, value in lengths.items() if value is not None]
+    if len(given) > 1:
+        raise UsageError(f"{' and '.join(given)} both say how long to train", "give one of them")
+
+
+def _claim(out: Path, force: bool) -> None:
+    """Refuse a folder that holds a model or a run, unless told to replace it."""
+    taken = [name for name in ("config.json", "metrics.jsonl", "model.safetensors") if (out / name).exists()]
+    if taken and not force:
+        raise UsageError(f"{out} already holds {taken[0]}", "name another folder, or replace it with --force")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{out} can't be made: {error.strerror}", "name another folder") from None
+
+
+def _fast_dtype(device: Any) -> str:
+    """bfloat16 where the device multiplies in it; the weights and the optimizer stay float32."""
+    from gptcli.core import runtime
+
+    return "bfloat16" if runtime.is_fast(runtime.DTYPES["bfloat16"], device) else "float32"
+
+
+def _tokenizer_files(
+    said: Output, data: list[str], held_out: float, vocab_size: int | None, tokenizer: str | None
+) -> dict[str, bytes]:
+    """The tokenizer's files for the model folder: trained now, or another model's."""
+    if vocab_size is not None:
+        from gptcli.train.data import documents_of, train_tokenizer
+
+        said.note(f"training a tokenizer of {vocab_size:,} tokens")
+        return {"tokenizer.json": train_tokenizer(documents_of(data, held_out), vocab_size)}
+    from gptcli.spec.library import DEFAULT_MODEL, resolve
+
+    folder = resolve(tokenizer or DEFAULT_MODEL).folder
+    names = ["tokenizer.json"] if (folder / "tokenizer.json").is_file() else ["vocab.json", "merges.txt"]
+    if not all((folder / name).is_file() for name in names):
+        raise NotFoundError(f"{folder} has no tokenizer files", "name another model with --tokenizer")
+    return {name: (folder / name).read_bytes() for name in names}
+
+
+def _start_token(tokenizer: Tokenizer) -> int:
+    from gptcli.train.data import SEPARATOR
+
+    if SEPARATOR not in tokenizer.special_tokens:
+        raise UsageError(f"the tokenizer has no {SEPARATOR}", "train one with --vocab-size")
+    return tokenizer.special_tokens[SEPARATOR]
+
+
+def _read_corpora(
+    said: Output, data: list[str], valid: list[str], held_out: float, tokenizer: Tokenizer, start_id: int
+) -> list[Corpus]:
+    """The training corpus, then those to evaluate on."""
+    from gptcli.train.data import documents_of, encode_documents
+
+    if "-" in data and held_out:
+        documents = list(documents_of(data))  # stdin comes once, and is wanted twice
+        from gptcli.train.data import is_held_out
+
+        train_part = (document for document in documents if not is_held_out(document, held_out))
+        corpora = [encode_documents("the data", train_part, tokenizer, start_id)]
+        valid_part = [document for document in documents if is_held_out(document, held_out)]
+    else:
+        corpora = [encode_documents("the data", documents_of(data, held_out), tokenizer, start_id)]
+        valid_part = list(documents_of(list(dict.fromkeys(data)), held_out, "valid")) if held_out else []
+    if valid_part:
+        corpora.append(encode_documents("held out", valid_part, tokenizer, start_id))
+    elif held_out:
+        said.warn("no document was held out, so there is no evaluation; name a text with --valid")
+    for name in valid:
+        corpora.append(encode_documents(Path(name).name.split(".txt")[0], documents_of([name]), tokenizer, start_id))
+    first = corpora[0]
+    said.note(f"{first.documents:,} documents, {first.text_bytes:,} bytes, {len(first.tokens):,} tokens to train on")
+    return corpora
+
+
+def _size(
+    preset: str | None,
+    config: Path | None,
+    layers: int,
+    heads: int | None,
+    width: int,
+    context: int,
+    tokenizer: Tokenizer,
+    start_id: int,
+) -> ModelConfig:
+    """The size to train, with the tokenizer's vocabulary."""
+    from dataclasses import replace
+
+    from gptcli.spec.config import ModelConfig, read_config
+    from gptcli.spec.presets import read_preset
+
+    if preset and config:
+        raise UsageError("--preset and --config both give a size", "give one of them")
+    if preset or config:
+        base = read_preset(preset) if preset else read_config(config or Path())
+    else:
+        heads = heads or max(1, width // 64)
+        if width % heads:
+            raise UsageError(f"a width of {width} does not divide into {heads} heads", "change --width or --heads")
+        base = ModelConfig("gpt2", 1, context, layers, width, heads, heads, width // heads, 4 * width)
+    return replace(base, vocab_size=tokenizer.vocab_size, bos_id=start_id, eos_ids=(start_id,), dtype=None)
+
+
+def _steps(
+    steps: int | None,
+    tokens: int | None,
+    epochs: float | None,
+    minutes: float | None,
+    batch_tokens: int,
+    context: int,
+    corpus: Corpus,
+) -> int | None:
+    if minutes is not None or steps is not None:
+        return steps
+    batch = max(1, round(batch_tokens / context)) * context
+    wanted = tokens if tokens is not None else (1.0 if epochs is None else epochs) * len(corpus.tokens)
+    return max(1, round(wanted / batch))
+
+
+def _train_toml(plan: Plan, size: ModelConfig, data: list[str]) -> str:
+    """What was asked for, so that it can be read and asked for again."""
+    from dataclasses import asdict
+
+    lines = [f"# gptcli {shlex.join(sys.argv[1:])}", f"data = {json.dumps(data)}"]
+    for name, value in {**asdict(plan), **size.to_dict()}.items():
+        if value is not None and name != "dtype":
+            lines.append(f"{name} = {json.dumps(str(value).removeprefix('torch.') if name == 'save_dtype' else value)}")
+    lines.append(f'dtype = "{str(plan.dtype).removeprefix("torch.")}"')
+    return "\n".join(lines) + "\n"
+
+
+def _write(file: Path, content: bytes) -> None:
+    try:
+        file.write_bytes(content)
+    except OSError as error:
+        raise OutputError(f"{file} could not be written: {error.strerror}", "make room, or name another folder") from None
+
+
+def _follow(said: Output, events: Any, plan: Plan, out: Path) -> None:
+    """Show the events: as NDJSON, as a progress bar, or as a line now and then."""
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("step {task.fields[step]}"),
+        BarColumn(),
+        TextColumn("loss {task.fields[loss]}  {task.fields[rate]} tokens/s"),
+        TimeRemainingColumn(),
+    )
+    told = time.monotonic()
+    with said.progress(columns) as shown:
+        task = shown.add_task("train", total=1.0, step="0", loss="-", rate="-")
+        for event in events:
+            if said.json:
+                said.record(event)
+            kind = event["event"]
+            if kind == "step":
+                of = f"/{plan.steps:,}" if plan.steps else ""
+                loss = "not finite" if event["loss"] is None else f"{event['loss']:.3f}"
+                step, rate = f"{event['step']:,}{of}", f"{event['tokens_per_second']:,.0f}"
+                shown.update(task, completed=event["progress"], step=step, loss=loss, rate=rate)
+                if not said.talks_to_terminal and not said.json and time.monotonic() - told >= _LINE_EVERY_SECONDS:
+                    told = time.monotonic()
+                    said.note(f"step {step}  loss {loss}  lr {event['lr']:.2e}  {rate} tokens/s")
+            elif kind == "eval" and not said.json:
+                parts = "  ".join(f"{name} {bits:.4f}" for name, bits in event["valid"].items())
+                said.note(f"step {event['step']:,}: bits per byte {parts}")
+            elif kind == "done" and not said.json:
+                skipped = f", {event['skipped']} steps skipped" if event["skipped"] else ""
+                said.note(f"{event['tokens']:,} tokens in {event['seconds']:,.0f} s{skipped}")
+    if not said.json:
+        said.data(str(out))

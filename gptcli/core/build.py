@@ -1,0 +1,88 @@
+"""The composition root: a folder or a configuration in, a model that can run out."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from gptcli.core import runtime
+from gptcli.core.checkpoint import load_weights, match_folder, stored_dtype
+from gptcli.core.model import Transformer
+from gptcli.errors import UnsupportedError
+from gptcli.spec.config import ModelConfig, read_config
+from gptcli.text.tokenizer import Tokenizer
+
+
+@dataclass
+class Model:
+    """A loaded model: what generates, scores and embeds."""
+
+    name: str
+    config: ModelConfig
+    transformer: Transformer
+    tokenizer: Tokenizer
+    device: torch.device
+    dtype: torch.dtype
+    load_seconds: float = 0.0
+
+    @property
+    def dtype_name(self) -> str:
+        return runtime.DTYPE_NAMES[self.dtype]
+
+
+def open_model(
+    folder: Path, tokenizer: Tokenizer, *, name: str = "", device: str = "auto", dtype: str = "auto"
+) -> Model:
+    """Load a model folder for inference.
+
+    Args:
+        folder: Hugging Face layout: config.json, model.safetensors or shards with their index.
+        tokenizer: the folder's.
+        name: what to call it in reports; the folder's name by default.
+        device, dtype: as ``runtime.pick_device`` and ``runtime.pick_dtype`` take them.
+
+    Raises NotFoundError, CorruptError, UnsupportedError (the folder), ResourceError (the device, memory).
+    """
+    start = time.perf_counter()
+    config = read_config(folder)
+    target = runtime.pick_device(device)
+    matched = match_folder(folder, config)
+    kind = runtime.pick_dtype(dtype, stored_dtype(matched), target)
+    with torch.device("meta"):
+        transformer = new_transformer(config)
+    load_weights(transformer, matched, device=target, dtype=kind)
+    transformer.eval().requires_grad_(False)
+    seconds = time.perf_counter() - start
+    return Model(name or folder.name, config, transformer, tokenizer, target, kind, seconds)
+
+
+def new_transformer(config: ModelConfig) -> Transformer:
+    """The modules of a configuration, not yet filled. Raises UnsupportedError for a model that is for paper only."""
+    if not config.norm_first:
+        raise UnsupportedError(
+            f"the family {config.family} puts its norms after each layer, and is here for counting only",
+            "use a GPT-2 model",
+        )
+    return Transformer(config)
+
+
+def random_model(config: ModelConfig, seed: int) -> Transformer:
+    """A float32 model with GPT-2's initial weights: normal(0, 0.02), what adds to the stream scaled by 1/sqrt(2L).
+
+    The same seed gives the same weights. Source: Radford et al. 2019, section 2.3; the 0.02 is in the released code.
+    """
+    transformer = new_transformer(config)
+    generator = torch.Generator().manual_seed(seed)
+    adds_to_stream = ("attention.output.weight", "mlp.down.weight")
+    for name, parameter in transformer.named_parameters():
+        if parameter.dim() < 2:
+            nn.init.constant_(parameter, float(name.endswith("norm.weight")))
+        else:
+            scale = 1 / math.sqrt(2 * config.layers) if name.endswith(adds_to_stream) else 1.0
+            nn.init.normal_(parameter, std=0.02 * scale, generator=generator)
+    return transformer

@@ -1,0 +1,97 @@
+"""The KV cache: what attention needs of earlier tokens, as a value that the caller owns and passes in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gptcli.errors import LimitError
+from gptcli.spec.config import ModelConfig
+
+
+class KVCache:
+    """Keys and values of up to ``capacity`` tokens in each of B rows; rows may differ in how many they hold.
+
+    A row's tokens stand at its front. When prompts of different length are filled in together, padded on the right,
+    ``set_lengths`` says afterwards how many of each row are real; what lies behind is never seen and is overwritten.
+
+    Attributes:
+        keys, values: one ``[B, K, capacity, D]`` tensor a layer.
+        lengths: tokens held by each row. Kept on the host, so that no device is ever asked.
+    """
+
+    def __init__(
+        self, config: ModelConfig, batch: int, capacity: int, *, device: torch.device | str, dtype: torch.dtype
+    ) -> None:
+        shape = (batch, config.kv_heads, capacity, config.head_dim)
+        self.keys = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.layers)]
+        self.values = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.layers)]
+        self.lengths = [0] * batch
+        self.capacity = capacity
+        self._positions: Tensor | None = None  # [B, T] of the tokens that are being added, where rows differ
+
+    @staticmethod
+    def none() -> _NoCache:
+        """What stands in for a cache when the queries are the whole sequence."""
+        return _NoCache()
+
+    def begin(self, ids: Tensor) -> tuple[Tensor, Tensor | str | None]:
+        """The positions ``[B or 1, T]`` of the ids ``[B, T]`` that will now be added, and the mask over S.
+
+        Raises LimitError, before anything is computed, when they do not fit.
+        """
+        batch, count = ids.shape
+        longest = max(self.lengths) + count
+        if batch != len(self.lengths):
+            raise ValueError(f"{batch} rows of ids for a cache of {len(self.lengths)} rows")
+        if longest > self.capacity:
+            raise LimitError(f"{longest} tokens do not fit a cache of {self.capacity}")
+        steps = torch.arange(count, device=ids.device)
+        if min(self.lengths) == max(self.lengths):
+            self._positions = None
+            positions = (self.lengths[0] + steps)[None]
+            if self.lengths[0] == 0:
+                return positions, "causal"
+            if count == 1:
+                return positions, None
+        else:
+            starts = torch.tensor(self.lengths, device=ids.device)
+            positions = self._positions = starts[:, None] + steps
+        seen = torch.arange(longest, device=ids.device)
+        return positions, (seen <= positions[..., None])[:, None]  # [B, 1, T, S]
+
+    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Write one layer's ``[B, K, T, D]`` keys and values; all of that layer's come back, ``[B, K, S, D]``."""
+        keys, values = self.keys[layer], self.values[layer]
+        end = max(self.lengths) + key.shape[2]
+        if self._positions is None:
+            start = end - key.shape[2]
+            keys[:, :, start:end] = key
+            values[:, :, start:end] = value
+        else:
+            rows = torch.arange(len(keys), device=keys.device)[:, None]
+            keys[rows, :, self._positions] = key.transpose(1, 2)
+            values[rows, :, self._positions] = value.transpose(1, 2)
+        return keys[:, :, :end], values[:, :, :end]
+
+    def advance(self, count: int) -> None:
+        """All layers have written ``count`` tokens."""
+        self.lengths = [length + count for length in self.lengths]
+
+    def set_lengths(self, lengths: Sequence[int]) -> None:
+        """Say how many tokens of each row are real, after a fill with padding or to take some back."""
+        self.lengths = list(lengths)
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep these rows, in this order; a row may stand several times (samples that share a prompt)."""
+        index = torch.tensor(rows, device=self.keys[0].device)
+        self.keys = [keys.index_select(0, index) for keys in self.keys]
+        self.values = [values.index_select(0, index) for values in self.values]
+        self.lengths = [self.lengths[row] for row in rows]
+
+
+class _NoCache:
+    def begin(self, ids: Tensor) -> tuple[Tensor, Tensor | str | None]:
+        return torch.arange(ids.shape[1], device=ids.device)[None], "causal"

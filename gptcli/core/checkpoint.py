@@ -1,0 +1,214 @@
+"""Model folders, read and written: safetensors in, safetensors out, strict both ways on tensors.
+
+Load maps the file and hands each tensor to the model without a copy where the type is right: peak memory is the
+weights once. Save writes beside, syncs, and renames: whatever happens, the old folder or the new one is whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from gptcli.core.model import Transformer
+from gptcli.errors import CorruptError, OutputError
+from gptcli.spec.config import ModelConfig, to_hf
+from gptcli.spec.index import DTYPE_NAMES, FILE_NAME, INDEX_NAME, TensorInfo, read_folder
+from gptcli.spec.names import disk_layout, match_names, written_name
+
+SHARD_BYTES = 5_000_000_000
+
+
+# Layout name -> the name in the file, and what its header says.
+Matched = dict[str, tuple[str, TensorInfo]]
+
+
+def match_folder(folder: Path, config: ModelConfig) -> Matched:
+    """Match a folder's headers with a configuration: layout name -> (name in the file, info).
+
+    Raises CorruptError that lists the tensors which are missing, left over, of the wrong shape or of an integer type.
+    """
+    infos = read_folder(folder)
+    found, missing, extra = match_names(config, infos)
+    faults = [f"missing: {_list(missing)}"] if missing else []
+    faults += [f"left over: {_list(extra)}"] if extra else []
+    layout = disk_layout(config)
+    for name, theirs in found.items():
+        info = infos[theirs]
+        if info.shape != layout[name].shape:
+            faults.append(f"{theirs} is {list(info.shape)}, and the configuration wants {list(layout[name].shape)}")
+        elif info.dtype not in DTYPE_NAMES:
+            faults.append(f"{theirs} is of type {info.dtype}, and weights are {', '.join(DTYPE_NAMES)}")
+    if faults:
+        message = f"the weights in {folder} do not fit its config.json: {'; '.join(faults[:4])}"
+        raise CorruptError(message, "download or save the folder again, or check the configuration")
+    return {name: (theirs, infos[theirs]) for name, theirs in found.items()}
+
+
+def stored_dtype(matched: Matched) -> str:
+    """The type that most parameters of a matched folder are stored in, by torch's name."""
+    counts: dict[str, int] = {}
+    for _, info in matched.values():
+        counts[info.dtype] = counts.get(info.dtype, 0) + info.parameters
+    return DTYPE_NAMES[max(counts, key=counts.__getitem__)]
+
+
+def load_weights(model: Transformer, matched: Matched, *, device: torch.device, dtype: torch.dtype) -> None:
+    """Fill a model built on the meta device from the files of a matched folder, tensor by tensor.
+
+    A tensor already of ``dtype`` and bound for the CPU stays mapped from the file. Raises CorruptError when a file
+    can't be read.
+    """
+    layout = disk_layout(model.config)
+    by_file: dict[Path, list[str]] = {}
+    for name, (_, info) in matched.items():
+        by_file.setdefault(info.file, []).append(name)
+    for file, names in by_file.items():
+        try:
+            with safe_open(file, framework="pt", device="cpu") as stream:
+                for name in names:
+                    tensor = stream.get_tensor(matched[name][0])
+                    # On a device, move first: the transposed view then copies there and not here.
+                    tensor = tensor.to(device=device, dtype=dtype)
+                    if layout[name].transpose:
+                        tensor = tensor.t()
+                    parts = tensor.split([rows for _, rows in layout[name].parts])
+                    for (ours, _), part in zip(layout[name].parts, parts, strict=True):
+                        _assign(model, ours, part)
+        except (SafetensorError, OSError) as error:
+            raise CorruptError(f"{file} can't be read: {error}", "download or save the file again") from None
+    model.tie()
+
+
+def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
+
+
+def disk_tensors(model: Transformer, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """The model's tensors as its family keeps them on disk, on the CPU, in ``dtype``, one at a time."""
+    ours = dict(model.named_parameters())
+    for name, entry in disk_layout(model.config).items():
+        tensor = torch.cat([ours[part].detach().to("cpu", dtype) for part, _ in entry.parts])
+        yield written_name(model.config, name), (tensor.t() if entry.transpose else tensor).contiguous()
+
+
+def save_folder(
+    model: Transformer,
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    files: Mapping[str, bytes] | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write a model folder that ``transformers`` opens: config.json, model.safetensors or shards, and ``files``.
+
+    Raises OutputError when it can't be written (a full disk, no permission); what stood there before is then whole.
+    """
+    name = str(dtype).removeprefix("torch.")
+    config: dict[str, Any] = {**to_hf(model.config), "torch_dtype": name}
+    texts = {"config.json": (json.dumps(config, indent=2) + "\n").encode(), **(files or {})}
+    with written_folder(folder) as temporary:
+        for file, data in texts.items():
+            (temporary / file).write_bytes(data)
+        _write_weights(model, temporary, dtype, shard_bytes)
+
+
+def _write_weights(model: Transformer, folder: Path, dtype: torch.dtype, shard_bytes: int) -> None:
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in disk_tensors(model, dtype):
+        if shards[-1] and size + tensor.nbytes > shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    if len(shards) == 1:
+        save_file(shards[0], folder / FILE_NAME, metadata={"format": "pt"})
+        return
+    weight_map = {}
+    for i, shard in enumerate(shards, 1):
+        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(shard, file))
+    total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def written_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside ``folder``; on leaving, its files are synced and renamed into ``folder``.
+
+    A failure leaves ``folder`` as it was and is raised as OutputError.
+    """
+    temporary = None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder))
+        yield temporary
+        written = sorted(temporary.iterdir())
+        for file in written:
+            file.chmod(0o666 & ~_umask())  # some are made readable to their owner alone
+            _sync(file)
+        stale = _stale_weights(folder, {file.name for file in written})
+        # The weights go first and the index last: a reader in between finds the old set or the new one.
+        for file in sorted(written, key=lambda file: file.name == INDEX_NAME):
+            os.replace(file, folder / file.name)
+        for file in stale:
+            file.unlink(missing_ok=True)
+        _sync(folder)
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"{folder} could not be written: {_reason(error)}", _what_to_do(error)) from None
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _stale_weights(folder: Path, written: set[str]) -> list[Path]:
+    """Weight files of an earlier save in another number of shards."""
+    if not written & {FILE_NAME, INDEX_NAME}:
+        return []
+    old = [*folder.glob("model-*-of-*.safetensors"), folder / FILE_NAME, folder / INDEX_NAME]
+    return [file for file in old if file.exists() and file.name not in written]
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _reason(error: Exception) -> str:
+    return error.strerror or str(error) if isinstance(error, OSError) else str(error)
+
+
+def _what_to_do(error: Exception) -> str:
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if full or "space" in str(error).lower() or "large" in str(error).lower():
+        return "make room on the disk; what was there before is unchanged"
+    return "check that the folder can be written; what was there before is unchanged"
+
+
+def _list(names: list[str]) -> str:
+    shown = ", ".join(sorted(names)[:5])
+    return f"{shown} and {len(names) - 5} more" if len(names) > 5 else shown

@@ -1,0 +1,226 @@
+"""The transformer, as the lecture draws it: embedding, then blocks of attention and MLP, then unembedding.
+
+Each block adds to the residual stream, never replaces it: attention lets every vector gather from the ones before it,
+the MLP then works on each vector alone.
+
+Shapes, here and everywhere in ``core`` and ``train``:
+
+    B  batch            T  query tokens         S  cached + query tokens     C  width of the residual stream
+    H  heads            K  key-value heads      D  head dimension            F  MLP width
+    V  vocabulary       L  layers
+
+Sources: Radford et al. 2019 (GPT-2), Vaswani et al. 2017 (attention); the lecture is 3Blue1Brown's on GPTs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gptcli.core.cache import KVCache
+from gptcli.core.rope import Rotation, rotate, rotation
+from gptcli.spec.config import ModelConfig
+
+# tap(name, value) is called with every named step of the data flow; None costs nothing.
+Tap = Callable[[str, Tensor], None]
+
+
+class Transformer(nn.Module):
+    """A decoder-only transformer over token ids; parameters are named as ``spec.params.tensors`` lists them."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.width)
+        self.positions = nn.Embedding(config.context, config.width) if config.position == "learned" else None
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = make_norm(config)
+        self.unembedding = nn.Linear(config.width, config.vocab_size, bias=False)
+        self.tie()
+
+    def tie(self) -> None:
+        """Make the unembedding the embedding's own matrix again, where the configuration says so."""
+        if self.config.tied:
+            self.unembedding.weight = self.embedding.weight
+
+    def forward(
+        self, ids: Tensor, cache: KVCache | None = None, *, last: Tensor | None = None, tap: Tap | None = None
+    ) -> Tensor:
+        """Logits of the next token after each query token.
+
+        Args:
+            ids: ``[B, T]`` int64 token ids; with a cache they follow what it holds, and are added to it.
+            cache: keys and values of earlier tokens, owned and kept by the caller; None sees only ``ids``.
+            last: ``[B]`` int64, the one query per row whose logits are wanted; None wants all.
+            tap: called with the name and value of every step, for the view inside.
+
+        Returns:
+            ``[B, T, V]``, or ``[B, V]`` with ``last``, in the weights' dtype.
+
+        Raises:
+            LimitError: from the cache, when the tokens do not fit; the configured context is the caller's to check.
+        """
+        stream = self.residual_stream(ids, cache, tap)
+        if last is not None:
+            stream = stream[torch.arange(len(stream), device=stream.device), last]  # [B, C]
+        logits: Tensor = self.unembedding(self.norm(stream))
+        if tap:
+            tap("logits", logits)
+        return logits
+
+    def residual_stream(self, ids: Tensor, cache: KVCache | None = None, tap: Tap | None = None) -> Tensor:
+        """The vectors ``[B, T, C]`` that leave the last block, before the final norm; arguments as in ``forward``."""
+        positions, mask = (cache or KVCache.none()).begin(ids)
+        stream = self.embedding(ids)
+        if tap:
+            tap("embedding", stream)
+        if self.positions is not None:
+            stream = stream + self.positions(positions)
+            if tap:
+                tap("positions", stream)
+            turn = None
+        else:
+            turn = rotation(positions, self.config.head_dim, self.config.rope_theta, stream.dtype)
+        for layer, block in enumerate(self.blocks):
+            stream = block(stream, turn, mask, cache, layer, tap)
+        if cache is not None:
+            cache.advance(ids.shape[1])
+        return stream
+
+
+class Block(nn.Module):
+    """One layer: the stream plus what attention gathers, plus what the MLP makes of it."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention_norm = make_norm(config)
+        self.attention = Attention(config)
+        self.mlp_norm = make_norm(config)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, stream: Tensor, turn: Rotation | None, mask: Mask, cache: KVCache | None, layer: int, tap: Tap | None
+    ) -> Tensor:
+        """``[B, T, C]`` to ``[B, T, C]``."""
+        gathered = self.attention(self.attention_norm(stream), turn, mask, cache, layer, tap)
+        stream = stream + gathered
+        made = self.mlp(self.mlp_norm(stream))
+        stream = stream + made
+        if tap:
+            tap(f"blocks.{layer}.attention", gathered)
+            tap(f"blocks.{layer}.mlp", made)
+            tap(f"blocks.{layer}", stream)
+        return stream
+
+
+class Attention(nn.Module):
+    """Every token asks a question (query), finds the earlier tokens that answer it (key), and takes their values.
+
+    Heads are inferred from the matrices, so the same forward runs on all of them or on a shard.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
+        self.query = nn.Linear(config.width, queries, bias=config.qkv_bias)
+        self.key = nn.Linear(config.width, keys, bias=config.qkv_bias)
+        self.value = nn.Linear(config.width, keys, bias=config.qkv_bias)
+        self.output = nn.Linear(queries, config.width, bias=config.output_bias)
+
+    def forward(
+        self, x: Tensor, turn: Rotation | None, mask: Mask, cache: KVCache | None, layer: int, tap: Tap | None
+    ) -> Tensor:
+        """``[B, T, C]`` to ``[B, T, C]``: what each token gathers from itself and those before it."""
+        query, key, value = (self._heads(linear(x)) for linear in (self.query, self.key, self.value))
+        if turn is not None:
+            query, key = rotate(query, turn), rotate(key, turn)
+        if cache is not None:
+            key, value = cache.append(layer, key, value)  # [B, K, S, D]
+        if tap:
+            pattern = attention_pattern(query, key, mask)
+            tap(f"blocks.{layer}.pattern", pattern)
+            gathered = gather(pattern, value)
+        else:
+            gathered = F.scaled_dot_product_attention(
+                query,
+                key,
+                value,
+                attn_mask=mask if isinstance(mask, Tensor) else None,
+                is_causal=mask == "causal" if not isinstance(mask, Tensor) else False,
+                enable_gqa=query.shape[1] != key.shape[1],
+            )
+        output: Tensor = self.output(gathered.transpose(1, 2).flatten(2))  # [B, T, C]
+        return output
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H, T, D]
+
+
+class MLP(nn.Module):
+    """Up into F directions, through the activation (beside a gate, or not), and down again; each vector alone."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.activation = ACTIVATIONS[config.activation]
+        self.gate = nn.Linear(config.width, config.mlp_width, bias=config.mlp_bias) if config.gated else None
+        self.up = nn.Linear(config.width, config.mlp_width, bias=config.mlp_bias)
+        self.down = nn.Linear(config.mlp_width, config.width, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, T, C]`` to ``[B, T, C]``."""
+        if self.gate is None:
+            hidden = self.activation(self.up(x))
+        else:
+            hidden = self.activation(self.gate(x)) * self.up(x)
+        down: Tensor = self.down(hidden)
+        return down
+
+
+# Who sees whom: "causal" (the queries are the whole sequence), None (one query that sees all), or ``[B or 1, 1, T, S]``.
+Mask = Tensor | str | None
+
+
+def attention_pattern(query: Tensor, key: Tensor, mask: Mask) -> Tensor:
+    """The slow, readable twin of fused attention, first half: where each query looks.
+
+    Args:
+        query: ``[B, H, T, D]``.
+        key: ``[B, K, S, D]``, each shared by H/K heads.
+        mask: as ``Mask``; True may be seen.
+
+    Returns:
+        ``[B, H, T, S]`` float32 weights, each row summing to 1. Source: Vaswani et al. 2017, section 3.2.1.
+    """
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    scores = query.float() @ key.float().transpose(-2, -1) / math.sqrt(query.shape[-1])
+    if mask == "causal":
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if isinstance(mask, Tensor):
+        scores = scores.masked_fill(~mask, -math.inf)
+    return scores.softmax(-1)
+
+
+def gather(pattern: Tensor, value: Tensor) -> Tensor:
+    """Second half: the values ``[B, K, S, D]``, weighted by the pattern ``[B, H, T, S]``; ``[B, H, T, D]``."""
+    value = value.repeat_interleave(pattern.shape[1] // value.shape[1], dim=1)
+    return (pattern @ value.float()).to(value.dtype)
+
+
+def make_norm(config: ModelConfig) -> nn.Module:
+    """The norm of a configuration, over the last axis."""
+    kinds = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}
+    norm: nn.Module = kinds[config.norm](config.width, eps=config.norm_eps)
+    return norm
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "silu": F.silu,
+}

@@ -1,0 +1,90 @@
+"""Device, dtype, threads, seeds: the only file of ``core`` and ``train`` that looks at the machine."""
+
+from __future__ import annotations
+
+import os
+import secrets
+
+import torch
+
+from gptcli.errors import ResourceError, UsageError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device for ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``; auto takes CUDA, then MPS, then the CPU.
+
+    Raises UsageError for another name and ResourceError when the device is not there. Probes nothing but what is asked.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda", "mps") or (number and not (kind == "cuda" and number.isdecimal())):
+        raise UsageError(f"there is no device {name!r}", "use auto, cpu, cuda, cuda:N or mps")
+    if kind == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if int(number or 0) >= count:
+            built = "" if torch.version.cuda else " (this PyTorch was built without CUDA)"
+            raise ResourceError(f"{name} is not there: {count} CUDA devices found{built}", "use --device cpu")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise ResourceError("mps is not there", "use --device cpu")
+    return torch.device(name)
+
+
+def pick_dtype(name: str, stored: str | None, device: torch.device) -> torch.dtype:
+    """The dtype for ``auto`` or a name, given the type that the file is stored in.
+
+    Auto is the file's type where the device is fast in it, else float32. Raises UsageError for an unknown name, and for
+    float16 on a CPU, where it is several times slower than float32.
+    """
+    if name == "auto":
+        dtype = DTYPES.get(stored or "float32", torch.float32)
+        return dtype if is_fast(dtype, device) else torch.float32
+    if name not in DTYPES:
+        raise UsageError(f"there is no dtype {name!r}", f"use auto, {', '.join(DTYPES)}")
+    if name == "float16" and device.type == "cpu":
+        raise UsageError("float16 is not computed on a CPU", "use --dtype bfloat16 or float32")
+    return DTYPES[name]
+
+
+def is_fast(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the device multiplies matrices of this type natively."""
+    if dtype is torch.float32:
+        return True
+    if device.type == "cpu":
+        return dtype is torch.bfloat16 and has_cpu_bf16()
+    if device.type == "cuda":
+        return dtype is torch.float16 or torch.cuda.is_bf16_supported(including_emulation=False)
+    return dtype is torch.float16
+
+
+def has_cpu_bf16() -> bool:
+    """Whether this CPU has bf16 dot products (AVX-512 BF16 or AMX; on Arm, the bf16 extension)."""
+    amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    avx = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    arm = getattr(torch.cpu, "_is_arm_bf16_supported", lambda: False)
+    return bool(avx() or amx() or arm())
+
+
+def set_threads(count: int | None) -> None:
+    """Use this many CPU threads; None leaves torch's choice. Raises UsageError below 1."""
+    if count is not None:
+        if count < 1:
+            raise UsageError(f"--threads {count} is less than 1", "give at least 1")
+        torch.set_num_threads(count)
+
+
+def draw_seed() -> int:
+    """A fresh seed below 2**32, for when none was given; to be reported."""
+    return secrets.randbits(32)
+
+
+def core_count() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -1,0 +1,148 @@
+"""From a model's name to its folder: shipped with gptcli, a local path, or the Hub's local cache. Opens no connection."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Literal
+
+from gptcli.errors import CheckError, CorruptError, NotFoundError
+from gptcli.spec.index import FILE_NAME, INDEX_NAME
+
+DEFAULT_MODEL = "fable"
+ALIASES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
+SUMS_NAME = "SHA256SUMS"
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A model on this machine."""
+
+    name: str
+    folder: Path
+    source: Literal["shipped", "folder", "cache"]
+
+
+def shipped_folder() -> Path:
+    """Where the shipped models are: inside an installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent.parent
+    installed = package / "weights"
+    return installed if installed.is_dir() else package.parent / "weights"
+
+
+def hub_cache() -> Path:
+    """The Hub's cache folder, which other tools share. Source: huggingface_hub's documented environment variables."""
+    if cache := os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE"):
+        return Path(cache).expanduser()
+    home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+    return Path(home).expanduser() / "hub"
+
+
+def resolve(name: str) -> Found:
+    """The folder of a model name; see the contract for what a name may be.
+
+    Raises NotFoundError with the nearest names, or with the way to get a Hub model that is not cached.
+    """
+    shipped = shipped_folder() / name
+    if "/" not in name and name not in (".", "..") and (shipped / "config.json").is_file():
+        return Found(name, shipped, "shipped")
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise NotFoundError(f"the folder {name} holds no config.json", "name a folder in the Hugging Face layout")
+        return Found(path.resolve().name, path, "folder")
+    hub_id = ALIASES.get(name, name)
+    if _HUB_ID.fullmatch(hub_id) and not path.is_file():
+        if folder := _snapshot(hub_id):
+            return Found(hub_id, folder, "cache")
+        raise NotFoundError(
+            f"{hub_id} is not a folder and not in the Hub cache of this machine",
+            f"get it with `hf download {hub_id}`, or see `gptcli models list`",
+        )
+    near = get_close_matches(name, [found.name for found in all_models()] + list(ALIASES), n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    raise NotFoundError(f"there is no model {name!r}", f"{hint}`gptcli models list` shows what is here")
+
+
+def all_models() -> Iterator[Found]:
+    """The shipped models, then those in the Hub cache, by name."""
+    shipped = shipped_folder()
+    if shipped.is_dir():
+        for folder in sorted(shipped.iterdir()):
+            if (folder / "config.json").is_file():
+                yield Found(folder.name, folder, "shipped")
+    cache = hub_cache()
+    if cache.is_dir():
+        for repo in sorted(cache.glob("models--*--*")):
+            hub_id = repo.name.removeprefix("models--").replace("--", "/", 1)
+            folder = _snapshot(hub_id)
+            if folder and any((folder / name).exists() for name in (FILE_NAME, INDEX_NAME)):
+                yield Found(hub_id, folder, "cache")
+
+
+def _snapshot(hub_id: str) -> Path | None:
+    """The cached snapshot of a model's main revision, or its newest one; None when nothing is cached."""
+    repo = hub_cache() / ("models--" + hub_id.replace("/", "--"))
+    snapshots = repo / "snapshots"
+    main = repo / "refs" / "main"
+    if main.is_file():
+        folder = snapshots / main.read_text().strip()
+        if (folder / "config.json").exists():
+            return folder
+    if not snapshots.is_dir():
+        return None
+    whole = [folder for folder in snapshots.iterdir() if (folder / "config.json").exists()]
+    return max(whole, key=lambda folder: folder.stat().st_mtime, default=None)
+
+
+def verify_hashes(folder: Path) -> list[str]:
+    """Check the files of a folder against the hashes that are known of them; returns the names checked.
+
+    Known are the sums in ``SHA256SUMS`` and, in the Hub cache, the names of the blobs that the files link to (SHA-256
+    for large files, git's SHA-1 for small ones). Raises CheckError that names the first file which differs or is
+    missing, CorruptError for a sums file that can't be read.
+    """
+    checked = []
+    sums = folder / SUMS_NAME
+    for line in sums.read_text(encoding="utf-8").splitlines() if sums.is_file() else ():
+        digest, separator, name = line.partition("  ")
+        if not separator or Path(name).name != name:
+            raise CorruptError(f"{sums} has the line {line!r}", "it should be the output of sha256sum")
+        if not (folder / name).is_file():
+            raise CheckError(f"{name} is missing", "download the model again")
+        _compare(name, sha256(folder / name), digest)
+        checked.append(name)
+    for file in sorted(folder.iterdir()):
+        blob = file.resolve().name if file.is_symlink() else ""
+        if file.name not in checked and file.exists() and re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", blob):
+            _compare(file.name, sha256(file) if len(blob) == 64 else _git_sha1(file), blob)
+            checked.append(file.name)
+    return checked
+
+
+def sha256(file: Path) -> str:
+    """The SHA-256 of a file, in hex."""
+    return _digest(file, hashlib.sha256())
+
+
+def _git_sha1(file: Path) -> str:
+    return _digest(file, hashlib.sha1(f"blob {file.stat().st_size}\0".encode(), usedforsecurity=False))
+
+
+def _digest(file: Path, digest: hashlib._Hash) -> str:
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _compare(name: str, real: str, wanted: str) -> None:
+    if real != wanted:
+        raise CheckError(f"{name} has the hash {real[:16]}..., not {wanted[:16]}...", "download the model again")

@@ -1,0 +1,148 @@
+"""Every parameter of a model on paper: which tensors it has, and what the lecture's closing table says of them.
+
+``tensors(config)`` is the one list that the model, the file layout and the report agree on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+
+from gptcli.spec.config import ModelConfig
+
+# The lecture's eight rows, in its order, then what it leaves out.
+CATEGORIES = (
+    "Embedding",
+    "Key",
+    "Query",
+    "Value",
+    "Output",
+    "Up-projection",
+    "Down-projection",
+    "Unembedding",
+)
+OTHER = ("Positions", "Biases", "Norms")
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One parameter tensor: our name, its shape as torch keeps it (``[out, in]``), where it counts."""
+
+    name: str
+    shape: tuple[int, ...]
+    category: str
+    layer: int | None = None
+
+    @property
+    def parameters(self) -> int:
+        return prod(self.shape)
+
+
+def tensors(config: ModelConfig) -> Iterator[Tensor]:
+    """Every stored tensor of the model, in the order of the forward pass; a tied unembedding is not stored."""
+    width, vocab = config.width, config.vocab_size
+    yield Tensor("embedding.weight", (vocab, width), "Embedding")
+    if config.position == "learned":
+        yield Tensor("positions.weight", (config.context, width), "Positions")
+    for layer in range(config.layers):
+        yield from _block(config, layer)
+    if config.norm_first:
+        yield from _norm(config, "norm", None)
+    if not config.tied:
+        yield Tensor("unembedding.weight", (vocab, width), "Unembedding")
+
+
+def _block(config: ModelConfig, layer: int) -> Iterator[Tensor]:
+    block = f"blocks.{layer}"
+    width, queries, keys = config.width, config.heads * config.head_dim, config.kv_heads * config.head_dim
+    yield from _norm(config, f"{block}.attention_norm", layer)
+    yield from _linear(f"{block}.attention.query", queries, width, "Query", layer, config.qkv_bias)
+    yield from _linear(f"{block}.attention.key", keys, width, "Key", layer, config.qkv_bias)
+    yield from _linear(f"{block}.attention.value", keys, width, "Value", layer, config.qkv_bias)
+    yield from _linear(f"{block}.attention.output", width, queries, "Output", layer, config.output_bias)
+    yield from _norm(config, f"{block}.mlp_norm", layer)
+    if config.gated:
+        yield from _linear(f"{block}.mlp.gate", config.mlp_width, width, "Up-projection", layer, config.mlp_bias)
+    yield from _linear(f"{block}.mlp.up", config.mlp_width, width, "Up-projection", layer, config.mlp_bias)
+    yield from _linear(f"{block}.mlp.down", width, config.mlp_width, "Down-projection", layer, config.mlp_bias)
+
+
+def _linear(name: str, out: int, into: int, category: str, layer: int, bias: bool) -> Iterator[Tensor]:
+    yield Tensor(f"{name}.weight", (out, into), category, layer)
+    if bias:
+        yield Tensor(f"{name}.bias", (out,), "Biases", layer)
+
+
+def _norm(config: ModelConfig, name: str, layer: int | None) -> Iterator[Tensor]:
+    yield Tensor(f"{name}.weight", (config.width,), "Norms", layer)
+    if config.norm == "layernorm":
+        yield Tensor(f"{name}.bias", (config.width,), "Norms", layer)
+
+
+@dataclass(frozen=True)
+class Category:
+    """One row of the table: so many matrices of one shape (rows, columns), as the lecture draws them."""
+
+    name: str
+    matrices: int
+    shape: tuple[int, int]
+    parameters: int
+    tied: bool = False
+
+
+@dataclass(frozen=True)
+class ParamCount:
+    """The parameter report of one model.
+
+    ``total`` counts a tied unembedding as its own matrix, as the lecture does; ``total_stored`` is what a file holds.
+    """
+
+    config: ModelConfig
+    categories: tuple[Category, ...]
+    other: tuple[tuple[str, int], ...]
+
+    @property
+    def matrices(self) -> int:
+        return sum(row.matrices for row in self.categories)
+
+    @property
+    def matrix_parameters(self) -> int:
+        return sum(row.parameters for row in self.categories)
+
+    @property
+    def total(self) -> int:
+        return self.matrix_parameters + sum(count for _, count in self.other)
+
+    @property
+    def total_stored(self) -> int:
+        return self.total - sum(row.parameters for row in self.categories if row.tied)
+
+
+def count_params(config: ModelConfig) -> ParamCount:
+    """Count every matrix and every parameter of a configuration.
+
+    Key, Query and Value count one matrix a head and Output one a layer; a SwiGLU gate counts under Up-projection.
+    Shapes are (rows, columns) of a matrix that multiplies a column vector, as in the lecture.
+    """
+    stored: dict[str, int] = dict.fromkeys(CATEGORIES + OTHER, 0)
+    for tensor in tensors(config):
+        stored[tensor.category] += tensor.parameters
+    width, head, vocab = config.width, config.head_dim, config.vocab_size
+    ups = 2 if config.gated else 1
+    shapes: dict[str, tuple[int, tuple[int, int]]] = {
+        "Embedding": (1, (width, vocab)),
+        "Key": (config.kv_heads * config.layers, (head, width)),
+        "Query": (config.heads * config.layers, (head, width)),
+        "Value": (config.kv_heads * config.layers, (head, width)),
+        "Output": (config.layers, (width, config.heads * head)),
+        "Up-projection": (ups * config.layers, (config.mlp_width, width)),
+        "Down-projection": (config.layers, (width, config.mlp_width)),
+        "Unembedding": (1, (vocab, width)),
+    }
+    rows = []
+    for name, (matrices, shape) in shapes.items():
+        tied = name == "Unembedding" and config.tied
+        parameters = stored["Embedding"] if tied else stored[name]
+        rows.append(Category(name, matrices, shape, parameters, tied))
+    return ParamCount(config, tuple(rows), tuple((name, stored[name]) for name in OTHER))

@@ -1,0 +1,251 @@
+"""Tokenizer: text <-> token ids over tiktoken, built from a model folder or from a tiktoken encoding.
+
+tiktoken merges by rank, the lowest first, whatever pair makes the token; Hugging Face's byte-level BPE merges listed
+pairs in their order. For a vocabulary that BPE training made these are the same thing, once each token's rank is the
+place of its merge: a token's pair is what merging its own bytes leaves before the last step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gptcli.errors import CorruptError, NotFoundError
+from gptcli.text.vocabulary import Vocabulary, read_vocabulary
+
+if TYPE_CHECKING:
+    import tiktoken
+
+# Same ranks, loaded three times as fast.
+_ENCODING_ALIASES = {"gpt2": "r50k_base"}
+
+# Characters taken at a time from a text that is encoded as a stream.
+_CHUNK = 1 << 18
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One token of a text: ``[start, end)`` are byte offsets in the UTF-8 text."""
+
+    id: int
+    data: bytes
+    start: int
+    end: int
+
+
+class Tokenizer:
+    """Encodes text into token ids and back.
+
+    Special tokens written out in a text (``<|endoftext|>``) are plain text unless ``special=True``; a lone surrogate
+    becomes U+FFFD, since it has no UTF-8.
+    """
+
+    def __init__(self, name: str, encoding: tiktoken.Encoding, vocabulary: Vocabulary | None = None) -> None:
+        self.name = name
+        self._encoding = encoding
+        self._always = frozenset(vocabulary.always) if vocabulary else frozenset[str]()
+        self._ids = vocabulary.ids if vocabulary else None  # rank -> id, where they differ
+        self._ranks = {id_: rank for rank, id_ in self._ids.items()} if self._ids else None
+        self._unmerged = vocabulary.unmerged if vocabulary else {}
+        self._special = {text: self._id(rank) for text, rank in encoding._special_tokens.items()}
+        # Where the file says so; None asks the caller to look into config.json.
+        self.start_id = vocabulary.start_id if vocabulary else None
+        self._streams = _streams(encoding._pat_str) and not any(" " in text or "\n" in text for text in self._special)
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> Tokenizer:
+        """The tokenizer of a model folder: ``tokenizer.json``, or ``vocab.json`` and ``merges.txt``.
+
+        Needs no network. Raises NotFoundError without these files, CorruptError or UnsupportedError for their content.
+        """
+        import tiktoken
+
+        vocabulary = read_vocabulary(folder)
+        encoding = tiktoken.Encoding(
+            name=folder.name,
+            pat_str=vocabulary.pattern,
+            mergeable_ranks=vocabulary.ranks,
+            special_tokens=vocabulary.special,
+        )
+        return cls(folder.name, encoding, vocabulary)
+
+    @classmethod
+    def from_encoding(cls, name: str, *, download: bool = False) -> Tokenizer:
+        """A tiktoken encoding by name, from tiktoken's cache; downloaded only if ``download``.
+
+        Raises NotFoundError for an unknown name, or when the vocabulary is not in the cache and can't be had.
+        """
+        import tiktoken
+
+        if name not in encoding_names():
+            raise NotFoundError(f"there is no encoding {name!r}", f"tiktoken has: {', '.join(encoding_names())}")
+        real = _ENCODING_ALIASES.get(name, name)
+        try:
+            with contextlib.nullcontext() if download else _no_download():
+                encoding = tiktoken.get_encoding(real)
+        except _WouldDownloadError:
+            raise NotFoundError(
+                f"the vocabulary of {name} is not on this machine",
+                "let it be fetched with --pull, or set TIKTOKEN_CACHE_DIR to a folder that holds tiktoken's files",
+            ) from None
+        except Exception as error:  # requests' errors, a bad hash, a full disk: all mean that there is no vocabulary
+            raise NotFoundError(
+                f"the vocabulary of {name} could not be downloaded: {type(error).__name__}",
+                "set TIKTOKEN_CACHE_DIR to a folder that holds tiktoken's files, or try again with a network",
+            ) from None
+        return cls(name, encoding)
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id."""
+        return max(self._encoding.n_vocab, *(1 + i for i in self._unmerged), *(1 + i for i in self._special.values()), 0)
+
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        """The special tokens' texts and ids."""
+        return dict(self._special)
+
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        """The token ids of ``text``; with ``special`` the special tokens written out in it become themselves."""
+        if special:
+            ranks = self._encoding.encode(text, allowed_special="all")
+        elif self._always:
+            ranks = self._encoding.encode(text, allowed_special=set(self._always), disallowed_special=())
+        else:
+            ranks = self._encoding.encode_ordinary(text)
+        return ranks if self._ids is None else [self._ids[rank] for rank in ranks]
+
+    def encode_batch(self, texts: Sequence[str], *, special: bool = False, threads: int | None = None) -> list[list[int]]:
+        """``encode`` of each text, on all cores (tiktoken works without the interpreter lock)."""
+        from concurrent.futures import ThreadPoolExecutor
+
+        with ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
+            return list(pool.map(lambda text: self.encode(text, special=special), texts))
+
+    def encode_stream(self, chunks: Iterable[str], *, special: bool = False) -> Iterator[list[int]]:
+        """The ids of the text that ``chunks`` make together, in pieces, with memory bounded by a few chunks.
+
+        Joined, they equal ``encode`` of the whole: the text is cut only where the pre-tokenizer's pattern cuts in any
+        case (see ``_safe_cut``). A pattern for which that is not known is encoded as a whole.
+        """
+        buffer = ""
+        wanted = _CHUNK
+        for chunk in chunks:
+            buffer += chunk
+            if len(buffer) < wanted or not self._streams:
+                continue
+            cut = _safe_cut(buffer)
+            # A run without a break has to be seen whole; look again when it has doubled, not at every chunk.
+            wanted = _CHUNK if cut else 2 * len(buffer)
+            if cut:
+                yield self.encode(buffer[:cut], special=special)
+                buffer = buffer[cut:]
+        if buffer:
+            yield self.encode(buffer, special=special)
+
+    def token_bytes(self, id_: int) -> bytes:
+        """The bytes of one token; an id without text (a padded vocabulary has them) is empty."""
+        rank = id_ if self._ranks is None else self._ranks.get(id_, -1)
+        try:
+            return self._encoding.decode_single_token_bytes(rank)
+        except (KeyError, OverflowError):
+            return self._unmerged.get(id_, b"")
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes of the tokens, joined."""
+        return b"".join(map(self.token_bytes, ids))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of the tokens; bytes that are no character become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def pieces(self, ids: Iterable[int]) -> Iterator[Piece]:
+        """Each token with its bytes and its place in the text that they make."""
+        position = 0
+        for id_ in ids:
+            data = self.token_bytes(id_)
+            yield Piece(id_, data, position, position + len(data))
+            position += len(data)
+
+    def is_special(self, id_: int) -> bool:
+        """Whether an id is a special token's, whose text is a mark and not part of the answer."""
+        return id_ in self._special.values()
+
+    def _id(self, rank: int) -> int:
+        return rank if self._ids is None else self._ids[rank]
+
+
+def encoding_names() -> list[str]:
+    """The encodings that tiktoken knows by name."""
+    import tiktoken
+
+    return sorted(tiktoken.list_encoding_names())
+
+
+# Patterns in which a match that began before a space or newline ends there, if a letter or digit stood before it, and
+# in which nothing looks behind: GPT-2's, and OpenAI's and Llama's later ones that are built from the same parts.
+_KNOWN_PARTS = ("\\p{L}", "\\p{N}", "\\s")
+
+
+def _streams(pattern: str) -> bool:
+    return "(?<" not in pattern and all(part in pattern for part in _KNOWN_PARTS) and "\\s+(?!\\S)" in pattern
+
+
+def _safe_cut(text: str) -> int:
+    """The last place where ``text`` may be cut, whatever follows, without moving a token border; 0 if there is none.
+
+    That is between a letter or digit and a space or newline: the match before ends there with or without the cut (words
+    and numbers hold no white space, and only white space looks ahead), and the next one starts there.
+    """
+    for blank in (" ", "\n"):
+        place = text.rfind(blank, 1)
+        for _ in range(1000):
+            if place < 1:
+                break
+            if text[place - 1].isalpha() or text[place - 1].isdecimal():
+                return place
+            place = text.rfind(blank, 1, place)
+    return 0
+
+
+def characters_whole(data: bytes) -> tuple[int, int]:
+    """``(start, end)`` of the whole UTF-8 characters in ``data``, without the halves of one that was cut at its ends."""
+    start = next((i for i, byte in enumerate(data[:3]) if byte & 0xC0 != 0x80), min(len(data), 3))
+    for back in range(1, min(4, len(data) - start) + 1):
+        lead = data[-back]
+        if lead & 0xC0 == 0x80:
+            continue
+        length = 1 if lead < 0x80 else 2 if lead < 0xE0 else 3 if lead < 0xF0 else 4
+        return start, len(data) - back if length > back else len(data)
+    return start, len(data)
+
+
+class _WouldDownloadError(Exception):
+    pass
+
+
+_download_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def _no_download() -> Iterator[None]:
+    """Within, tiktoken uses its cache or fails: a command opens a connection only when told to."""
+    from tiktoken import load
+
+    def refuse(blobpath: str, *_: Any) -> bytes:
+        if "://" in blobpath:
+            raise _WouldDownloadError(blobpath)
+        return real(blobpath)
+
+    with _download_lock:
+        real: Callable[..., bytes] = load.read_file
+        load.read_file = refuse
+        try:
+            yield
+        finally:
+            load.read_file = real

@@ -1,0 +1,1 @@
+"""Training: data, optimizer, loop. Yields events; never prints."""
