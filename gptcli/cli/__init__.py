@@ -1,4 +1,4 @@
-"""The gptcli program: the table of commands, loaded when named, and the one place where an error becomes an exit code."""
+"""The gptcli program: the table of commands, loaded when named; the one place where errors become exit codes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import importlib
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import typer
@@ -47,21 +48,18 @@ class LeafCommand(TyperCommand):
 
     def __init__(self, name: str | None, **settings: Any) -> None:
         super().__init__(name, **settings)
-        own = {option for param in self.params for option in param.opts}
-        for param in _common_params():
-            if not own & {option for option in param.opts if option.startswith("--")}:
-                self.params.append(param)
-        for param in self.params:
+        own = {param.name for param in self.params}
+        self._common = [param for param in _common_params() if param.name not in own]
+        self.params += self._common
+        for param in map(_untyped, self.params):
             if param.param_type_name == "option" and not param.envvar:
                 param.envvar = "GPTCLI_" + _long_name(param.opts).upper().replace("-", "_")
                 param.show_envvar = False
 
     def invoke(self, ctx: Any) -> Any:
-        from gptcli.cli.options import COMMON_NAMES
-
-        common = {name: ctx.params.pop(name) for name in COMMON_NAMES if name in ctx.params}
-        if ctx.params.get("format") == "json":
-            common["json_"] = True
+        common = {param.name: ctx.params.pop(param.name) for param in self._common}
+        # A command with formats of its own is told which by its own option.
+        common.setdefault("format", ctx.params.get("format"))
         ctx.find_object(Output).configure(**common)
         return super().invoke(ctx)
 
@@ -109,12 +107,17 @@ def _group(name: str, entries: Mapping[str, Entry]) -> type[LazyGroup]:
     return type("LazyGroup", (LazyGroup,), {"entries": entries, "__doc__": name})
 
 
-def _common_params() -> Sequence[Any]:
+def _common_params() -> list[Any]:
     from gptcli.cli import options
 
     app = typer.Typer(**_SETTINGS)
     app.command()(options.common)
-    return typer.main.get_command(app).params
+    return list(typer.main.get_command(app).params)
+
+
+def _untyped(param: Any) -> Any:
+    """Typer's parameters have attributes that their declared type lacks."""
+    return param
 
 
 def _long_name(names: Sequence[str]) -> str:
@@ -130,9 +133,7 @@ def _nearest(name: str, known: Any, path: str) -> str:
 
 def make_app(*, completion: bool) -> typer.Typer:
     """The program; with ``completion`` Typer's two options for it, whose types are slow to import, are there."""
-    app = typer.Typer(
-        name="gptcli", cls=LazyGroup, no_args_is_help=True, **{**_SETTINGS, "add_completion": completion}
-    )
+    app = typer.Typer(name="gptcli", cls=LazyGroup, no_args_is_help=True, **{**_SETTINGS, "add_completion": completion})
 
     @app.callback(
         context_settings=_NAMES,
@@ -156,8 +157,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from gptcli.cli.options import read_settings
 
         command = typer.main.get_command(make_app(completion=completion))
-        settings = {"default_map": read_settings(args)}
-        result = command.main(args, prog_name="gptcli", standalone_mode=False, obj=out, **settings)
+        settings: dict[str, Any] = {"obj": out, "default_map": read_settings(args)}
+        result = command.main(args, prog_name="gptcli", standalone_mode=False, **settings)
         out.close()
         return int(result or 0)
     except KeyboardInterrupt:
@@ -215,8 +216,7 @@ def _allocation_failed(error: BaseException) -> bool:
 def _wants_json(args: Sequence[str]) -> bool:
     """Whether errors, too, shall be JSON: known before the options are parsed, since parsing may fail."""
     ours = list(args[: args.index("--")] if "--" in args else args)
-    pairs = zip(ours, ours[1:], strict=False)
-    return "--json" in ours or "--format=json" in ours or ("--format", "json") in pairs
+    return "--json" in ours or "--format=json" in ours or ("--format", "json") in pairwise(ours)
 
 
 def run() -> None:

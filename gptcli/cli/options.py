@@ -11,7 +11,9 @@ import typer
 from gptcli.errors import UsageError
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object, or one a line where results repeat.")]
-Format = Annotated[str | None, typer.Option("--format", metavar="text|json", help="text, or json (the same as --json).")]
+Format = Annotated[
+    str | None, typer.Option("--format", metavar="text|json", help="text, or json (the same as --json).")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No notes on stderr.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="More detail on stderr.")]
 Color = Annotated[str, typer.Option("--color", metavar="auto|always|never", help="Colour, on a terminal by default.")]
@@ -33,16 +35,17 @@ Special = Annotated[
 ]
 Device = Annotated[str, typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda, cuda:N or mps.")]
 Dtype = Annotated[str, typer.Option("--dtype", metavar="DTYPE", help="auto, float32, bfloat16 or float16.")]
-Seed = Annotated[int | None, typer.Option("--seed", metavar="N", help="Same seed, same text; drawn and told if not set.")]
+Seed = Annotated[
+    int | None, typer.Option("--seed", metavar="N", help="Same seed, same text; drawn and told if not set.")
+]
 Threads = Annotated[int | None, typer.Option("--threads", metavar="N", help="CPU threads to use.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Never use the network.")]
 
 
-def common(json_: Json = False, format: Format = None, quiet: Quiet = False, verbose: Verbose = False, color: Color = "auto") -> None:
+def common(
+    json_: Json = False, format: Format = None, quiet: Quiet = False, verbose: Verbose = False, color: Color = "auto"
+) -> None:
     """The options that every command takes; ``Output.configure`` reads them."""
-
-
-COMMON_NAMES = tuple(common.__annotations__)[:-1]
 
 
 def choice(name: str, value: str, choices: Sequence[str]) -> str:

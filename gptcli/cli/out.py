@@ -54,6 +54,8 @@ class Output:
             raise UsageError(f"--json and --format {format} contradict each other", "give one of them")
         if color not in ("auto", "always", "never"):
             raise UsageError(f"--color {color!r} is not a choice", "use auto, always or never")
+        if format not in (None, "text", "json", "table", "csv", "markdown"):
+            raise UsageError(f"--format {format!r} is not a choice", "use text or json")
         self.json = json_ or format == "json"
         self.quiet, self.verbose, self.color = quiet, verbose, color
 
@@ -92,19 +94,30 @@ class Output:
         if self.on_terminal and self._line_open:
             self.data("")
 
+    def raw(self, data: bytes) -> None:
+        """Write bytes that need not be text to stdout."""
+        self.stdout.flush()
+        self.stdout.buffer.write(data)
+        self.stdout.flush()
+
     def record(self, value: Any) -> None:
         """Write one JSON object as a line."""
+        self.stdout.write(self.encoded(value) + "\n")
+        self.stdout.flush()
+
+    def encoded(self, value: Any) -> str:
+        """A value as JSON on one line, floats as they are."""
         text = json.dumps(value, ensure_ascii=False, allow_nan=False)
         # Control characters beyond ASCII's are legal in JSON, but not harmless on a terminal.
-        text = _UNSAFE_IN_JSON.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
-        self.stdout.write(text + "\n")
-        self.stdout.flush()
+        return _UNSAFE_IN_JSON.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
     def stripe(self, text: str, number: int) -> str:
         """A piece of text in the ``number``-th colour of the stripes; plain where there is no colour."""
         if not self.colored():
             return text
-        return "\n".join(f"{_STRIPES[number % len(_STRIPES)]}{line}{_RESET}" if line else "" for line in text.split("\n"))
+        return "\n".join(
+            f"{_STRIPES[number % len(_STRIPES)]}{line}{_RESET}" if line else "" for line in text.split("\n")
+        )
 
     def style(self, text: str, mark: str, *, stderr: bool = False) -> str:
         """Text in bold, dim, error or hint; plain where there is no colour."""
@@ -127,6 +140,10 @@ class Output:
         """Say something on stderr to who asked for detail."""
         if self.verbose:
             self._say(self.style(message, "dim", stderr=True))
+
+    def stats(self, message: str) -> None:
+        """Say on stderr what was asked for by its own option, quiet or not."""
+        self._say(message)
 
     def warn(self, message: str) -> None:
         """Say on stderr that something is off, though not wrong."""
@@ -171,7 +188,10 @@ class Output:
         from rich.progress import Progress
 
         with Progress(
-            *columns, console=self.console(stderr=True), transient=True, disable=self.quiet or not self.talks_to_terminal
+            *columns,
+            console=self.console(stderr=True),
+            transient=True,
+            disable=self.quiet or not self.talks_to_terminal,
         ) as shown:
             yield shown
 

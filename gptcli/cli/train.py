@@ -43,7 +43,9 @@ def train(
     ] = None,
     steps: Annotated[int | None, typer.Option("--steps", min=1)] = None,
     tokens: Annotated[int | None, typer.Option("--tokens", min=1)] = None,
-    epochs: Annotated[float | None, typer.Option("--epochs", help="Passes over the data; 1 if no length is given.")] = None,
+    epochs: Annotated[
+        float | None, typer.Option("--epochs", help="Passes over the data; 1 if no length is given.")
+    ] = None,
     minutes: Annotated[float | None, typer.Option("--minutes")] = None,
     batch_tokens: Annotated[int, typer.Option("--batch-tokens", min=1, help="Tokens a step.")] = 8192,
     lr: Annotated[float, typer.Option("--lr", help="The highest learning rate.")] = 1e-3,
@@ -53,7 +55,7 @@ def train(
     seed: options.Seed = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
-    save_dtype: Annotated[str, typer.Option("--save-dtype", help="The type to store: float32, bfloat16, float16.")] = "float32",
+    save_dtype: Annotated[str, typer.Option("--save-dtype", help="float32, bfloat16 or float16.")] = "float32",
     threads: options.Threads = None,
     compile: Annotated[bool, typer.Option("--compile/--no-compile", help="Compile the model first.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the model in DIR.")] = False,
@@ -76,13 +78,12 @@ def train(
 
     from gptcli.core import runtime
     from gptcli.core.build import random_model
-    from gptcli.train import data as text
     from gptcli.train.loop import Plan, train
 
     runtime.set_threads(threads)
     target = runtime.pick_device(device)
     kind = runtime.pick_dtype(dtype if dtype != "auto" else _fast_dtype(target), None, target)
-    stored = runtime.pick_dtype(save_dtype, None, runtime.torch.device("meta"))
+    stored = runtime.DTYPES[options.choice("--save-dtype", save_dtype, tuple(runtime.DTYPES))]
     drawn = seed if seed is not None else runtime.draw_seed()
     if seed is None:
         said.note(f"seed {drawn}")
@@ -252,7 +253,9 @@ def _write(file: Path, content: bytes) -> None:
     try:
         file.write_bytes(content)
     except OSError as error:
-        raise OutputError(f"{file} could not be written: {error.strerror}", "make room, or name another folder") from None
+        raise OutputError(
+            f"{file} could not be written: {error.strerror}", "make room, or name another folder"
+        ) from None
 
 
 def _follow(said: Output, events: Any, plan: Plan, out: Path) -> None:

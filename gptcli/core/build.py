@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 from gptcli.core import runtime
-from gptcli.core.checkpoint import load_weights, match_folder, stored_dtype
+from gptcli.core.checkpoint import load_weights
 from gptcli.core.model import Transformer
 from gptcli.errors import UnsupportedError
 from gptcli.spec.config import ModelConfig, read_config
+from gptcli.spec.match import match_folder, stored_dtype
 from gptcli.text.tokenizer import Tokenizer
 
 

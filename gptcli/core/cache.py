@@ -84,6 +84,15 @@ class KVCache:
         """Say how many tokens of each row are real, after a fill with padding or to take some back."""
         self.lengths = list(lengths)
 
+    def grow(self, capacity: int) -> None:
+        """Make room for ``capacity`` tokens a row, keeping what is held."""
+        for tensors in (self.keys, self.values):
+            for layer, old in enumerate(tensors):
+                batch, heads, held, dim = old.shape
+                tensors[layer] = old.new_empty(batch, heads, capacity, dim)
+                tensors[layer][:, :, :held] = old
+        self.capacity = capacity
+
     def select(self, rows: Sequence[int]) -> None:
         """Keep these rows, in this order; a row may stand several times (samples that share a prompt)."""
         index = torch.tensor(rows, device=self.keys[0].device)

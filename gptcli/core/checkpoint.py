@@ -23,45 +23,11 @@ from torch import Tensor, nn
 
 from gptcli.core.model import Transformer
 from gptcli.errors import CorruptError, OutputError
-from gptcli.spec.config import ModelConfig, to_hf
-from gptcli.spec.index import DTYPE_NAMES, FILE_NAME, INDEX_NAME, TensorInfo, read_folder
-from gptcli.spec.names import disk_layout, match_names, written_name
+from gptcli.spec.config import to_hf
+from gptcli.spec.index import FILE_NAME, INDEX_NAME
+from gptcli.spec.match import Matched, disk_layout, written_name
 
 SHARD_BYTES = 5_000_000_000
-
-
-# Layout name -> the name in the file, and what its header says.
-Matched = dict[str, tuple[str, TensorInfo]]
-
-
-def match_folder(folder: Path, config: ModelConfig) -> Matched:
-    """Match a folder's headers with a configuration: layout name -> (name in the file, info).
-
-    Raises CorruptError that lists the tensors which are missing, left over, of the wrong shape or of an integer type.
-    """
-    infos = read_folder(folder)
-    found, missing, extra = match_names(config, infos)
-    faults = [f"missing: {_list(missing)}"] if missing else []
-    faults += [f"left over: {_list(extra)}"] if extra else []
-    layout = disk_layout(config)
-    for name, theirs in found.items():
-        info = infos[theirs]
-        if info.shape != layout[name].shape:
-            faults.append(f"{theirs} is {list(info.shape)}, and the configuration wants {list(layout[name].shape)}")
-        elif info.dtype not in DTYPE_NAMES:
-            faults.append(f"{theirs} is of type {info.dtype}, and weights are {', '.join(DTYPE_NAMES)}")
-    if faults:
-        message = f"the weights in {folder} do not fit its config.json: {'; '.join(faults[:4])}"
-        raise CorruptError(message, "download or save the folder again, or check the configuration")
-    return {name: (theirs, infos[theirs]) for name, theirs in found.items()}
-
-
-def stored_dtype(matched: Matched) -> str:
-    """The type that most parameters of a matched folder are stored in, by torch's name."""
-    counts: dict[str, int] = {}
-    for _, info in matched.values():
-        counts[info.dtype] = counts.get(info.dtype, 0) + info.parameters
-    return DTYPE_NAMES[max(counts, key=counts.__getitem__)]
 
 
 def load_weights(model: Transformer, matched: Matched, *, device: torch.device, dtype: torch.dtype) -> None:
@@ -207,8 +173,3 @@ def _what_to_do(error: Exception) -> str:
     if full or "space" in str(error).lower() or "large" in str(error).lower():
         return "make room on the disk; what was there before is unchanged"
     return "check that the folder can be written; what was there before is unchanged"
-
-
-def _list(names: list[str]) -> str:
-    shown = ", ".join(sorted(names)[:5])
-    return f"{shown} and {len(names) - 5} more" if len(names) > 5 else shown

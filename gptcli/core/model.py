@@ -154,11 +154,10 @@ class Attention(nn.Module):
                 is_causal=mask == "causal" if not isinstance(mask, Tensor) else False,
                 enable_gqa=query.shape[1] != key.shape[1],
             )
-        output: Tensor = self.output(gathered.transpose(1, 2).flatten(2))  # [B, T, C]
-        return output
+        return self.output(gathered.transpose(1, 2).flatten(2))  # [B, T, C]
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H, T, D]
+        return x.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)  # [B, H, T, D]
 
 
 class MLP(nn.Module):
@@ -177,11 +176,10 @@ class MLP(nn.Module):
             hidden = self.activation(self.up(x))
         else:
             hidden = self.activation(self.gate(x)) * self.up(x)
-        down: Tensor = self.down(hidden)
-        return down
+        return self.down(hidden)
 
 
-# Who sees whom: "causal" (the queries are the whole sequence), None (one query that sees all), or ``[B or 1, 1, T, S]``.
+# Who sees whom: "causal" (the queries are all there is), None (one query that sees all), or ``[B or 1, 1, T, S]``.
 Mask = Tensor | str | None
 
 
@@ -214,8 +212,7 @@ def gather(pattern: Tensor, value: Tensor) -> Tensor:
 def make_norm(config: ModelConfig) -> nn.Module:
     """The norm of a configuration, over the last axis."""
     kinds = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}
-    norm: nn.Module = kinds[config.norm](config.width, eps=config.norm_eps)
-    return norm
+    return kinds[config.norm](config.width, eps=config.norm_eps)
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -15,7 +15,7 @@ Rotation = tuple[Tensor, Tensor]
 def rotation(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Rotation:
     """The cosines and sines for positions ``[B or 1, T]`` (int64), each ``[B or 1, 1, T, D]`` in ``dtype``.
 
-    Pair i turns by ``position * theta ** (-2i / D)``; computed in float32, since positions are large and angles are not.
+    Pair i turns by ``position * theta ** (-2i / D)``; computed in float32.
     """
     pairs = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
     angles = positions[:, None, :, None].float() * theta ** (-pairs / head_dim)  # [B, 1, T, D/2]

@@ -1,4 +1,4 @@
-"""Safetensors headers and shard indexes, read with the standard library: names, dtypes, shapes, offsets; never a tensor.
+"""Safetensors headers and shard indexes, read with the standard library: names, dtypes, shapes, offsets; no tensor.
 
 The format: 8 bytes of header length (little-endian), that many bytes of JSON, then the data. Every number of a file
 is checked before it is used: a bad file is a CorruptError that says what is wrong, never a crash or a huge allocation.

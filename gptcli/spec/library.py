@@ -1,4 +1,4 @@
-"""From a model's name to its folder: shipped with gptcli, a local path, or the Hub's local cache. Opens no connection."""
+"""From a model's name to its folder: shipped with gptcli, a local path, or the Hub's local cache; no connection."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def resolve(name: str) -> Found:
         return Found(path.resolve().name, path, "folder")
     hub_id = ALIASES.get(name, name)
     if _HUB_ID.fullmatch(hub_id) and not path.is_file():
-        if folder := _snapshot(hub_id):
-            return Found(hub_id, folder, "cache")
+        if snapshot := _snapshot(hub_id):
+            return Found(hub_id, snapshot, "cache")
         raise NotFoundError(
             f"{hub_id} is not a folder and not in the Hub cache of this machine",
             f"get it with `hf download {hub_id}`, or see `gptcli models list`",
@@ -82,9 +82,9 @@ def all_models() -> Iterator[Found]:
     if cache.is_dir():
         for repo in sorted(cache.glob("models--*--*")):
             hub_id = repo.name.removeprefix("models--").replace("--", "/", 1)
-            folder = _snapshot(hub_id)
-            if folder and any((folder / name).exists() for name in (FILE_NAME, INDEX_NAME)):
-                yield Found(hub_id, folder, "cache")
+            cached = _snapshot(hub_id)
+            if cached and any((cached / name).exists() for name in (FILE_NAME, INDEX_NAME)):
+                yield Found(hub_id, cached, "cache")
 
 
 def _snapshot(hub_id: str) -> Path | None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gptcli.errors import CorruptError, NotFoundError
+from gptcli.errors import NotFoundError
 from gptcli.text.vocabulary import Vocabulary, read_vocabulary
 
 if TYPE_CHECKING:
@@ -103,7 +103,8 @@ class Tokenizer:
     @property
     def vocab_size(self) -> int:
         """One more than the largest id."""
-        return max(self._encoding.n_vocab, *(1 + i for i in self._unmerged), *(1 + i for i in self._special.values()), 0)
+        merged = self._encoding.max_token_value if self._ids is None else max(self._ids.values())
+        return 1 + max([merged, *self._unmerged, *self._special.values()])
 
     @property
     def special_tokens(self) -> dict[str, int]:
@@ -120,7 +121,9 @@ class Tokenizer:
             ranks = self._encoding.encode_ordinary(text)
         return ranks if self._ids is None else [self._ids[rank] for rank in ranks]
 
-    def encode_batch(self, texts: Sequence[str], *, special: bool = False, threads: int | None = None) -> list[list[int]]:
+    def encode_batch(
+        self, texts: Sequence[str], *, special: bool = False, threads: int | None = None
+    ) -> list[list[int]]:
         """``encode`` of each text, on all cores (tiktoken works without the interpreter lock)."""
         from concurrent.futures import ThreadPoolExecutor
 
@@ -211,18 +214,6 @@ def _safe_cut(text: str) -> int:
                 return place
             place = text.rfind(blank, 1, place)
     return 0
-
-
-def characters_whole(data: bytes) -> tuple[int, int]:
-    """``(start, end)`` of the whole UTF-8 characters in ``data``, without the halves of one that was cut at its ends."""
-    start = next((i for i, byte in enumerate(data[:3]) if byte & 0xC0 != 0x80), min(len(data), 3))
-    for back in range(1, min(4, len(data) - start) + 1):
-        lead = data[-back]
-        if lead & 0xC0 == 0x80:
-            continue
-        length = 1 if lead < 0x80 else 2 if lead < 0xE0 else 3 if lead < 0xF0 else 4
-        return start, len(data) - back if length > back else len(data)
-    return start, len(data)
 
 
 class _WouldDownloadError(Exception):

@@ -1,4 +1,4 @@
-"""Vocabulary files: ``tokenizer.json`` of byte-level BPE, or ``vocab.json`` and ``merges.txt``, read into tiktoken's terms."""
+"""Vocabulary files in tiktoken's terms: ``tokenizer.json`` of byte-level BPE, or ``vocab.json`` and ``merges.txt``."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _byte_alphabet() -> dict[str, int]:
 
 BYTE_ALPHABET = _byte_alphabet()
 # For str.translate: a character outside the alphabet becomes one that latin-1 refuses.
-_TO_LATIN1 = {code: "\uffff" for code in range(256)} | {ord(char): chr(byte) for char, byte in BYTE_ALPHABET.items()}
+_TO_LATIN1 = dict.fromkeys(range(256), "\uffff") | {ord(char): chr(byte) for char, byte in BYTE_ALPHABET.items()}
 
 
 @dataclass

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -49,7 +49,7 @@ def _read_text(path: str) -> Iterator[str]:
         return
     if Path(path).is_dir():
         raise UsageError(f"{path} is a folder", "name its files")
-    openers = {".xz": lzma.open, ".gz": gzip.open}
+    openers: dict[str, Any] = {".xz": lzma.open, ".gz": gzip.open}
     try:
         with openers.get(Path(path).suffix, open)(path, "rb") as stream:
             yield from _decode(stream, path)
@@ -181,6 +181,6 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> bytes:
 
 
 def documents_of(paths: Sequence[str], held_out: float = 0.0, part: str = "train") -> Iterator[str]:
-    """The documents of several files in turn: those outside the held-out fraction, or (``part="valid"``) those in it."""
+    """The documents of several files in turn: those outside the held-out fraction, or those in it."""
     every = itertools.chain.from_iterable(map(read_documents, paths))
     return (document for document in every if is_held_out(document, held_out) == (part == "valid"))

@@ -143,7 +143,7 @@ class _Run:
         for first in range(0, self.rows, self.micro):
             part = slice(first, first + self.micro)
             loss = self._loss(self.forward, ids[part], targets[part]) / targets.numel()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             total += loss.detach()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.plan.clip)
         finite = bool(torch.isfinite(norm))

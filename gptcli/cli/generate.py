@@ -1,0 +1,308 @@
+"""``gptcli generate``: continue a text, streaming."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gptcli.cli import options
+from gptcli.cli.input import ERRORS, Source, one_text, sources
+from gptcli.cli.out import Output
+from gptcli.errors import CorruptError, UsageError
+
+if TYPE_CHECKING:
+    from gptcli.core.build import Model
+    from gptcli.core.generate import Choice, Step, Timing
+    from gptcli.core.sampling import Sampling
+
+# Rows that are decoded together; more wait for their turn.
+_ROWS_AT_ONCE = 16
+
+
+def generate(
+    ctx: typer.Context,
+    text: Annotated[str | None, typer.Argument(metavar="TEXT", help="The text to continue; - for stdin.")] = None,
+    model: options.Model = None,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", "-n", help="-1: to the text's end or the context's.")
+    ] = 128,
+    temperature: Annotated[float, typer.Option("--temperature", "-t", help="0: always the likeliest token.")] = 0.8,
+    top_k: Annotated[int, typer.Option("--top-k", "-k", help="Draw among the K likeliest; 0: all.")] = 0,
+    top_p: Annotated[float, typer.Option("--top-p", help="Draw among the likeliest that make up P.")] = 1.0,
+    min_p: Annotated[float, typer.Option("--min-p", help="Leave out tokens P times less likely than the first.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option("--repetition-penalty", help="Above 1: repeat less.")] = 1.0,
+    frequency_penalty: Annotated[float, typer.Option("--frequency-penalty", help="Off per earlier use.")] = 0.0,
+    presence_penalty: Annotated[float, typer.Option("--presence-penalty", help="Off if used before.")] = 0.0,
+    logit_bias: Annotated[
+        list[str] | None, typer.Option("--logit-bias", metavar="ID:BIAS", help="Add to a token's logit; repeatable.")
+    ] = None,
+    stop: Annotated[list[str] | None, typer.Option("--stop", help="End before this string; repeatable.")] = None,
+    num_samples: Annotated[int, typer.Option("--num-samples", metavar="N", help="N texts; sample i has seed + i.")] = 1,
+    logprobs: Annotated[int | None, typer.Option("--logprobs", metavar="N", help="In JSON: log-probabilities.")] = None,
+    batch: Annotated[
+        Path | None, typer.Option("--batch", metavar="FILE.jsonl", help='Lines {"prompt": ...}, perhaps with "seed".')
+    ] = None,
+    stream: Annotated[bool, typer.Option("--stream/--no-stream", help="Show text as it is made.")] = True,
+    echo: Annotated[
+        bool | None, typer.Option("--echo/--no-echo", help="Show the prompt first; on a terminal by default.")
+    ] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end-of-text token.")] = False,
+    slide: Annotated[bool, typer.Option("--slide", help="Past the context, keep its last half and go on.")] = False,
+    truncate_prompt: Annotated[
+        str | None, typer.Option("--truncate-prompt", metavar="left", help="Cut a prompt that is too long.")
+    ] = None,
+    stats: Annotated[bool, typer.Option("--stats", help="Speed and counts, on stderr.")] = False,
+    file: options.Files = None,
+    no_stdin: options.NoStdin = False,
+    strip: options.Strip = False,
+    errors: options.Errors = "strict",
+    special: options.Special = "text",
+    seed: options.Seed = None,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    threads: options.Threads = None,
+    offline: options.Offline = False,
+) -> None:
+    """Continue a text, streaming.
+
+    The text is TEXT, a pipe, a file, or a pipe and then TEXT. Without a --seed one is drawn and told.
+    """
+    out: Output = ctx.obj
+    options.choice("--errors", errors, ERRORS)
+    options.choice("--special", special, ("text", "parse"))
+    if truncate_prompt is not None:
+        options.choice("--truncate-prompt", truncate_prompt, ("left",))
+    for name, value, least in (("--max-tokens", max_tokens, -1), ("--num-samples", num_samples, 1)):
+        if value < least:
+            raise UsageError(f"{name} {value} is out of range", f"it should be {least} or more")
+    if logprobs is not None and not (0 <= logprobs <= 100 and out.json):
+        raise UsageError(f"--logprobs {logprobs} needs --json and a number up to 100", "add --json")
+    if seed is not None and not 0 <= seed < 2**63:
+        raise UsageError(f"--seed {seed} is out of range", "it should be from 0 up to 2**63 - 1")
+    biases = _parse_biases(logit_bias or [])
+    if batch is None:
+        found = sources([] if text is None else [text], file or [], no_stdin=no_stdin, strip=strip)
+        prompts = [_Prompt(one_text(found, errors))]
+    elif text is not None or file:
+        raise UsageError("--batch brings its own prompts", "leave out the text")
+    else:
+        prompts = list(_read_batch(batch, errors))
+
+    from gptcli.cli.opening import open_for_inference
+
+    loaded = open_for_inference(model, out, device=device, dtype=dtype, threads=threads)
+    from gptcli.core import runtime
+    from gptcli.core.generate import Timing
+    from gptcli.core.sampling import Sampling
+
+    sampling = Sampling(
+        temperature, top_k, top_p, min_p, repetition_penalty, frequency_penalty, presence_penalty, biases
+    )
+    common_seed = seed if seed is not None else runtime.draw_seed()
+    if seed is None and not out.json and temperature > 0 and (out.talks_to_terminal or out.verbose):
+        out.note(f"seed {common_seed}")
+    for prompt in prompts:
+        prompt.prepare(loaded, special=special == "parse", truncate=truncate_prompt is not None, out=out)
+    job = _Job(loaded, sampling, max_tokens, stop or [], ignore_eos, slide, logprobs, Timing())
+    runs = [
+        _Run(prompt, (prompt.seed if prompt.seed is not None else common_seed) + i)
+        for prompt in prompts
+        for i in range(num_samples)
+    ]
+    if out.json:
+        _write_json(out, job, runs, numbered=num_samples > 1 or batch is not None)
+    else:
+        shown = out.on_terminal if echo is None else echo
+        _write_text(out, job, runs, echo=shown, stream=stream)
+    if stats:
+        _tell_stats(out, job, runs)
+
+
+@dataclass
+class _Prompt:
+    """A text to continue, and its token ids once the model is there."""
+
+    text: str
+    seed: int | None = None
+    ids: list[int] = field(default_factory=list)
+
+    def prepare(self, model: Model, *, special: bool, truncate: bool, out: Output) -> None:
+        from gptcli.core.generate import check_prompt, start_ids
+
+        ids = model.tokenizer.encode(self.text, special=special)
+        if model.tokenizer.start_id is not None or not ids:
+            ids = start_ids(model) + ids
+        # One place stays free for the first new token, or the answer would end with it.
+        most = max(1, model.config.context - 1)
+        if truncate and len(ids) > most:
+            out.note(f"the first {len(ids) - most:,} of {len(ids):,} prompt tokens were cut off")
+            ids = ids[-most:]
+        check_prompt(model, ids)
+        self.ids = ids
+
+
+@dataclass
+class _Run:
+    """One answer as it grows."""
+
+    prompt: _Prompt
+    seed: int
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+    finish: str = "length"
+    logprobs: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass
+class _Job:
+    """What all runs of a command share."""
+
+    model: Model
+    sampling: Sampling
+    max_tokens: int
+    stop: Sequence[str]
+    ignore_eos: bool
+    slide: bool
+    logprobs: int | None
+    timing: Timing
+
+    def steps(self, runs: Sequence[_Run], timing: Timing) -> Iterator[Step]:
+        """Decode some runs together, keeping their answers up to date."""
+        from gptcli.core.generate import Request, generate
+
+        requests = [Request(run.prompt.ids, run.seed, self.max_tokens, self.stop, self.ignore_eos) for run in runs]
+        for step in generate(
+            self.model, requests, self.sampling, logprobs=self.logprobs, slide=self.slide, timing=timing
+        ):
+            run = runs[step.row]
+            run.text += step.text
+            if step.token is not None:
+                run.tokens.append(step.token)
+            if step.chosen is not None and step.token is not None:
+                run.logprobs.append({**self._choice(step.chosen), "top": [self._choice(choice) for choice in step.top]})
+            if step.finish is not None:
+                run.finish = step.finish
+            yield step
+        self.timing.prefill_seconds += timing.prefill_seconds
+        self.timing.decode_seconds += timing.decode_seconds
+        self.timing.decoded_tokens += timing.decoded_tokens
+
+    def _choice(self, choice: Choice) -> dict[str, Any]:
+        return {"id": choice.id, "text": self.model.tokenizer.decode([choice.id]), "logprob": choice.logprob}
+
+
+def _write_json(out: Output, job: _Job, runs: list[_Run], *, numbered: bool) -> None:
+    """One object a run, in their order; they are decoded some at a time."""
+    from gptcli.core.generate import Timing
+
+    for first in range(0, len(runs), _ROWS_AT_ONCE):
+        group = runs[first : first + _ROWS_AT_ONCE]
+        timing = Timing()
+        for step in job.steps(group, timing):
+            _tell_slide(out, step)
+        for index, run in enumerate(group, first):
+            out.record(_as_json(job, run, timing, index if numbered else None))
+
+
+def _as_json(job: _Job, run: _Run, timing: Timing, index: int | None) -> dict[str, Any]:
+    model = job.model
+    value: dict[str, Any] = {} if index is None else {"index": index}
+    value |= {
+        "model": model.name,
+        "prompt": run.prompt.text,
+        "text": run.text,
+        "tokens": run.tokens,
+        "finish_reason": run.finish,
+        "seed": run.seed,
+        "device": str(model.device),
+        "dtype": model.dtype_name,
+        "usage": {"prompt_tokens": len(run.prompt.ids), "completion_tokens": len(run.tokens)},
+        "timing": {
+            "load_seconds": model.load_seconds,
+            "prefill_seconds": timing.prefill_seconds,
+            "decode_seconds": timing.decode_seconds,
+            "tokens_per_second": timing.tokens_per_second,
+        },
+    }
+    if job.logprobs is not None:
+        value["logprobs"] = run.logprobs
+    return value
+
+
+def _write_text(out: Output, job: _Job, runs: list[_Run], *, echo: bool, stream: bool) -> None:
+    """The texts themselves. One alone streams; several are shown whole, each under its number."""
+    from gptcli.core.generate import Timing
+
+    if len(runs) == 1:
+        run = runs[0]
+        if echo:
+            out.text(run.prompt.text)
+        for step in job.steps(runs, Timing()):
+            _tell_slide(out, step)
+            if stream:
+                out.text(step.text)
+        if not stream:
+            out.text(run.text)
+        out.end_line()
+        _tell_finish(out, run)
+        return
+    for first in range(0, len(runs), _ROWS_AT_ONCE):
+        group = runs[first : first + _ROWS_AT_ONCE]
+        for step in job.steps(group, Timing()):
+            _tell_slide(out, step)
+        for index, run in enumerate(group, first):
+            out.data(out.style(f"--- {index} (seed {run.seed})", "bold"))
+            out.text((run.prompt.text if echo else "") + run.text)
+            out.data("" if run.text.endswith("\n") else "\n", end="")
+
+
+def _tell_slide(out: Output, step: Step) -> None:
+    if step.slid:
+        out.note(f"past the context: the oldest {step.slid:,} tokens were let go")
+
+
+def _tell_finish(out: Output, run: _Run) -> None:
+    if run.finish == "context":
+        out.note("the context is full; --slide goes on past it")
+
+
+def _tell_stats(out: Output, job: _Job, runs: list[_Run]) -> None:
+    timing = job.timing
+    prompt, made = sum(len(run.prompt.ids) for run in runs), sum(len(run.tokens) for run in runs)
+    out.stats(
+        f"{job.model.name} ({job.model.device}, {job.model.dtype_name}): load {job.model.load_seconds:.3f} s, "
+        f"prompt {prompt:,} tokens in {timing.prefill_seconds:.3f} s, "
+        f"text {made:,} tokens in {timing.decode_seconds:.3f} s, {timing.tokens_per_second:,.1f} tokens/s"
+    )
+
+
+def _parse_biases(pairs: Sequence[str]) -> dict[int, float]:
+    biases = {}
+    for pair in pairs:
+        id_, _, value = pair.partition(":")
+        try:
+            biases[int(id_)] = float(value)
+        except ValueError:
+            raise UsageError(f"--logit-bias {pair!r} is not ID:BIAS", "for instance --logit-bias 50256:-100") from None
+    return biases
+
+
+def _read_batch(file: Path, errors: str) -> Iterator[_Prompt]:
+    """The prompts of a ``.jsonl`` file. Raises CorruptError that names the line."""
+    source = Source("stdin") if str(file) == "-" else Source(str(file), path=file)
+    for number, line in enumerate(source.lines(errors), 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+            prompt, seed = value["prompt"], value.get("seed")
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise CorruptError(f'{file} line {number} is not an object with a "prompt"', "correct the line") from None
+        if not isinstance(prompt, str) or not (seed is None or (type(seed) is int and 0 <= seed < 2**63)):
+            raise CorruptError(f"{file} line {number}: prompt should be a text and seed a number", "correct the line")
+        yield _Prompt(prompt, seed)

@@ -1,0 +1,144 @@
+"""``gptcli models``: which models are here, what they are, whether they are whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from gptcli.cli.out import Output
+from gptcli.errors import CheckError, CorruptError, GptcliError, NotFoundError, UnsupportedError
+from gptcli.spec.config import ModelConfig, read_config
+from gptcli.spec.library import DEFAULT_MODEL, Found, all_models, resolve, verify_hashes
+from gptcli.spec.match import match_folder, stored_dtype
+from gptcli.spec.params import count_params
+
+Name = Annotated[str, typer.Argument(metavar="MODEL", help="A shipped model, a folder, or a cached Hub id.")]
+
+
+def list_models(ctx: typer.Context) -> None:
+    """List the models on this machine.
+
+    Shipped ones and those in the Hub cache; one that gptcli can't run is listed with the reason.
+    """
+    out: Output = ctx.obj
+    entries = [_describe(found) for found in all_models()]
+    if out.json:
+        for entry in entries:
+            out.record(entry)
+        return
+    if not entries:
+        out.note("there are no models here")
+        return
+    rows = [("NAME", "FAMILY", "PARAMETERS", "TYPE", "SIZE", "FROM")]
+    for entry in entries:
+        if entry["problem"]:
+            rows.append((entry["name"], "-", "-", "-", _size(entry["bytes"]), f"{entry['source']}: {entry['problem']}"))
+            continue
+        count = f"{entry['parameters']:,}"
+        rows.append((entry["name"], entry["family"], count, entry["dtype"], _size(entry["bytes"]), entry["source"]))
+    _columns(out, rows)
+
+
+def show_model(ctx: typer.Context, name: Name = DEFAULT_MODEL) -> None:
+    """Show one model: its shape, size and files."""
+    out: Output = ctx.obj
+    found = resolve(name)
+    config = read_config(found.folder)
+    dtype = stored_dtype(match_folder(found.folder, config))
+    report = count_params(config)
+    files = {file.name: file.stat().st_size for file in sorted(found.folder.iterdir()) if file.is_file()}
+    if out.json:
+        out.record(
+            {
+                "name": found.name,
+                "source": found.source,
+                "folder": str(found.folder),
+                "config": config.to_dict(),
+                "parameters": report.total_stored,
+                "dtype": dtype,
+                "bytes": sum(files.values()),
+                "files": [{"name": file, "bytes": size} for file, size in files.items()],
+            }
+        )
+        return
+    facts = {
+        "name": found.name,
+        "from": f"{found.source}, {found.folder}",
+        "family": config.family,
+        "parameters": f"{report.total_stored:,} in {dtype}",
+        "shape": f"{config.layers} layers, width {config.width:,}, {config.heads} heads of {config.head_dim}",
+        "vocabulary": f"{config.vocab_size:,}",
+        "context": f"{config.context:,} tokens",
+        "size": _size(sum(files.values())),
+    }
+    for label, value in facts.items():
+        out.data(f"{out.style(f'{label:<11}', 'bold')} {value}")
+    for file, size in files.items():
+        out.data(f"  {file:<32} {_size(size):>9}")
+
+
+def verify_model(ctx: typer.Context, name: Name = DEFAULT_MODEL) -> None:
+    """Check a model's files against its hashes and headers.
+
+    Exit 6 if something does not hold: a hash, a tensor, a shape, the tokenizer's size.
+    """
+    out: Output = ctx.obj
+    found = resolve(name)
+    hashed = verify_hashes(found.folder)
+    try:
+        config = read_config(found.folder)
+        tensors = match_folder(found.folder, config)
+        _check_tokenizer(found.folder, config)
+    except (CorruptError, NotFoundError) as error:
+        raise CheckError(error.message, error.hint) from None
+    if out.json:
+        out.record({"name": found.name, "ok": True, "hashed": hashed, "tensors": len(tensors)})
+        return
+    hashes = f"{len(hashed)} hashes" if hashed else "no hashes are known"
+    out.data(f"{found.name}: ok ({hashes}, {len(tensors)} tensors)")
+
+
+def _check_tokenizer(folder: Path, config: ModelConfig) -> None:
+    from gptcli.text.tokenizer import Tokenizer
+
+    size = Tokenizer.from_folder(folder).vocab_size
+    if size > config.vocab_size:
+        raise CheckError(
+            f"the tokenizer has {size:,} tokens, and the model has room for {config.vocab_size:,}",
+            "the tokenizer belongs to another model",
+        )
+
+
+def _describe(found: Found) -> dict[str, Any]:
+    """A model's line in the list; ``problem`` says why it can't be used."""
+    size = sum(file.stat().st_size for file in found.folder.glob("*.safetensors"))
+    entry: dict[str, Any] = {"name": found.name, "source": found.source, "folder": str(found.folder), "bytes": size}
+    try:
+        config = read_config(found.folder)
+        dtype = stored_dtype(match_folder(found.folder, config))
+    except UnsupportedError as error:
+        return entry | {"problem": error.message.partition(": ")[2] or error.message}
+    except GptcliError as error:
+        return entry | {"problem": error.message}
+    parameters = count_params(config).total_stored
+    return entry | {"family": config.family, "parameters": parameters, "dtype": dtype, "problem": None}
+
+
+def _columns(out: Output, rows: Sequence[tuple[str, ...]]) -> None:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for number, row in enumerate(rows):
+        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        out.data(out.style(line, "bold") if number == 0 else line)
+
+
+def _size(count: int) -> str:
+    """Bytes for people, in powers of 1,000."""
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} TB"

@@ -1,0 +1,60 @@
+"""From a command's model options to a loaded model, with what is to be said on the way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gptcli.cli.out import Output
+from gptcli.errors import NotFoundError, UsageError
+from gptcli.spec.library import DEFAULT_MODEL, Found, resolve
+
+if TYPE_CHECKING:
+    from gptcli.core.build import Model
+    from gptcli.text.tokenizer import Tokenizer
+
+
+def find(name: str | None) -> Found:
+    """The model that a command names, or the shipped one."""
+    return resolve(name or DEFAULT_MODEL)
+
+
+def open_tokenizer(found: Found, out: Output) -> Tokenizer:
+    """The tokenizer of a model's folder; a GPT-2 folder without its files takes GPT-2's, and says so."""
+    from gptcli.text.tokenizer import Tokenizer
+
+    try:
+        return Tokenizer.from_folder(found.folder)
+    except NotFoundError:
+        if not _speaks_gpt2(found.folder):
+            raise
+        tokenizer = Tokenizer.from_encoding("gpt2")
+        out.note(f"{found.name} has no tokenizer files; its vocabulary has GPT-2's size, so GPT-2's are used")
+        return tokenizer
+
+
+def _speaks_gpt2(folder: Path) -> bool:
+    from gptcli.spec.config import read_config
+
+    config = read_config(folder)
+    return config.family == "gpt2" and config.vocab_size in (50257, 50304)  # 50304: padded to a multiple of 64
+
+
+def open_for_inference(
+    name: str | None, out: Output, *, device: str = "auto", dtype: str = "auto", threads: int | None = None
+) -> Model:
+    """Find and load a model; the tokenizer loads while torch is imported."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    if threads is not None and threads < 1:
+        raise UsageError(f"--threads {threads} is less than 1", "give at least 1")
+    found = find(name)
+    with ThreadPoolExecutor(1) as pool:
+        tokenizer = pool.submit(open_tokenizer, found, out)
+        from gptcli.core import runtime
+        from gptcli.core.build import open_model
+
+        runtime.set_threads(threads)
+        model = open_model(found.folder, tokenizer.result(), name=found.name, device=device, dtype=dtype)
+    out.detail(f"{model.name} from {found.folder} on {model.device} in {model.dtype_name}")
+    return model

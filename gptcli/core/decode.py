@@ -1,0 +1,65 @@
+"""The decoder: fill the cache with prompts, then step a token at a time. Eager, on any device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gptcli.core.cache import KVCache
+from gptcli.core.model import Transformer
+
+
+class Decoder:
+    """Runs one transformer over a batch of rows that grow together."""
+
+    def __init__(self, transformer: Transformer) -> None:
+        self.transformer = transformer
+        self._weight = transformer.embedding.weight
+        self.cache: KVCache | None = None
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens in the cache, a row."""
+        return self.cache.lengths if self.cache else []
+
+    @torch.inference_mode()
+    def prefill(self, prompts: Sequence[Sequence[int]], capacity: int) -> Tensor:
+        """Start anew with these prompts (none empty), with room for ``capacity`` tokens a row.
+
+        Returns the logits ``[B, V]`` of the token after each. Prompts that are all the same are computed once.
+        """
+        same = all(prompt == prompts[0] for prompt in prompts)
+        rows = prompts[:1] if same else prompts
+        lengths = [len(row) for row in rows]
+        longest = max(lengths)
+        # Padding on the right is never seen: it stands behind every real query.
+        ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=self._weight.device)
+        self.cache = KVCache(
+            self.transformer.config,
+            len(rows),
+            max(capacity, longest),
+            device=self._weight.device,
+            dtype=self._weight.dtype,
+        )
+        last = torch.tensor(lengths, device=self._weight.device) - 1
+        logits: Tensor = self.transformer(ids, self.cache, last=last)
+        self.cache.set_lengths(lengths)
+        if same and len(prompts) > 1:
+            self.cache.select([0] * len(prompts))
+            logits = logits.expand(len(prompts), -1)
+        return logits
+
+    @torch.inference_mode()
+    def step(self, tokens: Tensor) -> Tensor:
+        """Add one token ``[B]`` to each row, in a larger cache if need be; the logits ``[B, V]`` of the next."""
+        if self.cache is not None and max(self.cache.lengths) >= self.cache.capacity:
+            self.cache.grow(2 * self.cache.capacity)
+        logits: Tensor = self.transformer(tokens[:, None], self.cache)
+        return logits[:, -1]
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Go on with these rows only."""
+        if self.cache is not None:
+            self.cache.select(rows)

@@ -1,0 +1,247 @@
+"""generate(): prompts in, an iterator of steps out; owns stopping, length, the cache and the clock."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from gptcli.core.build import Model
+from gptcli.core.decode import Decoder
+from gptcli.core.sampling import History, Sampling, sample
+from gptcli.errors import LimitError, UsageError
+from gptcli.text.stops import Stops
+from gptcli.text.stream import TextStream
+
+Finish = Literal["stop", "length", "context", "eos"]
+
+# Room that the cache starts with beyond the prompt, where the end is open; it grows.
+_ROOM = 256
+
+
+@dataclass(frozen=True)
+class Request:
+    """One text to continue.
+
+    Attributes:
+        prompt: its token ids, at least one (``start_ids`` for an empty text).
+        seed: of the noise.
+        max_tokens: to make; -1 goes on to the end of the text or the context.
+        stop: strings that end the text and are not shown.
+        ignore_eos: go on past the end-of-text token, which is then an ordinary one.
+    """
+
+    prompt: Sequence[int]
+    seed: int
+    max_tokens: int = 128
+    stop: Sequence[str] = ()
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A token and the model's own log-probability for it (nats, at temperature 1, before any filter)."""
+
+    id: int
+    logprob: float
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of one row.
+
+    Attributes:
+        row: which request.
+        token: the id drawn; None when the end-of-text token was, or the step only hands over held-back text.
+        text: what may now be shown: never half a character, never part of a stop.
+        chosen: the token's log-probability, if asked for; ``top`` the likeliest tokens, best first.
+        finish: why the row ended, on its last step.
+        slid: how many of the oldest tokens were just let go to make room (with ``slide``).
+    """
+
+    row: int
+    token: int | None
+    text: str
+    chosen: Choice | None = None
+    top: tuple[Choice, ...] = ()
+    finish: Finish | None = None
+    slid: int = 0
+
+
+@dataclass
+class Timing:
+    """Seconds spent, filled in as it goes."""
+
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    decoded_tokens: int = 0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of decoding, the prompt not counted."""
+        return self.decoded_tokens / self.decode_seconds if self.decode_seconds else 0.0
+
+
+def start_ids(model: Model) -> list[int]:
+    """What an empty text starts from: the model's start token. Raises UsageError if it has none."""
+    start = model.tokenizer.start_id if model.tokenizer.start_id is not None else model.config.bos_id
+    if start is None:
+        raise UsageError("the text is empty, and the model has no start token", "give some text")
+    return [start]
+
+
+def check_prompt(model: Model, ids: Sequence[int]) -> None:
+    """Raise LimitError for a prompt longer than the context, UsageError for ids that the model does not have."""
+    if len(ids) > model.config.context:
+        raise LimitError(
+            f"the prompt is {len(ids):,} tokens, and the context of {model.name} is {model.config.context:,}",
+            "shorten it, or let its beginning go with --truncate-prompt left",
+        )
+    if ids and max(ids) >= model.config.vocab_size:
+        raise UsageError(
+            f"token {max(ids)} is outside the vocabulary of {model.config.vocab_size:,}",
+            "the tokenizer does not belong to this model",
+        )
+
+
+def generate(
+    model: Model,
+    requests: Sequence[Request],
+    sampling: Sampling,
+    *,
+    logprobs: int | None = None,
+    slide: bool = False,
+    timing: Timing | None = None,
+) -> Iterator[Step]:
+    """Continue each request until it ends, all of them together, a token a step.
+
+    Args:
+        model: from ``open_model``.
+        requests: one row each.
+        sampling: the same for all.
+        logprobs: report the chosen token's log-probability and those of so many likeliest; None reports nothing.
+        slide: past the context, keep its last half and go on, instead of finishing.
+        timing: filled in.
+
+    Yields Steps in order of time, and of rows within a time. Raises LimitError for a prompt longer than the context.
+    """
+    for request in requests:
+        check_prompt(model, request.prompt)
+    timing = timing or Timing()
+    rows = [_Row(i, request, model) for i, request in enumerate(requests)]
+    yield from (Step(row.index, None, "", finish="length") for row in rows if row.request.max_tokens == 0)
+    rows = [row for row in rows if row.request.max_tokens != 0]
+    if not rows:
+        return
+    start = time.perf_counter()
+    decoder = Decoder(model.transformer)
+    logits = decoder.prefill([row.window for row in rows], _capacity(model, rows))
+    timing.prefill_seconds += time.perf_counter() - start
+    history = None
+    if sampling.looks_back:
+        history = History([row.request.prompt for row in rows], model.config.vocab_size, model.device)
+    while True:
+        start = time.perf_counter()
+        drawn = sample(logits, sampling, [row.request.seed for row in rows], [row.position for row in rows], history)
+        tokens = drawn.tolist()
+        reports = _report(logits, drawn, logprobs)
+        timing.decode_seconds += time.perf_counter() - start
+        timing.decoded_tokens += len(rows)
+        kept = []
+        for place, (row, token) in enumerate(zip(rows, tokens, strict=True)):
+            step = row.take(token, *reports[place], slide=slide)
+            yield step
+            if step.finish is None:
+                kept.append(place)
+        if not kept:
+            return
+        start = time.perf_counter()
+        if len(kept) < len(rows):
+            rows = [rows[place] for place in kept]
+            drawn = drawn[torch.tensor(kept, device=drawn.device)]
+            decoder.select(kept)
+            if history:
+                history.select(kept)
+        if history:
+            history.add(drawn)
+        if any(row.slid for row in rows):
+            logits = decoder.prefill([row.window for row in rows], _capacity(model, rows))
+        else:
+            logits = decoder.step(drawn)
+        timing.decode_seconds += time.perf_counter() - start
+
+
+class _Row:
+    """One request while it runs."""
+
+    def __init__(self, index: int, request: Request, model: Model) -> None:
+        self.index = index
+        self.request = request
+        self.window = list(request.prompt)  # the tokens that the model sees next
+        self.position = len(self.window)  # of the token to be drawn
+        self.slid = 0  # tokens let go at the last step
+        self._model = model
+        self._made = 0
+        self._stream = TextStream()
+        self._stops = Stops(request.stop)
+        self._eos = frozenset() if request.ignore_eos else frozenset(model.config.eos_ids)
+
+    def take(self, token: int, chosen: Choice | None, top: tuple[Choice, ...], *, slide: bool) -> Step:
+        """Add a drawn token."""
+        if token in self._eos:
+            return Step(self.index, None, self._rest(), finish="eos")
+        self._made += 1
+        self.position += 1
+        self.window.append(token)
+        text, stopped = self._stops.push(self._stream.push(self._model.tokenizer.token_bytes(token)))
+        finish: Finish | None = None
+        if stopped:
+            finish = "stop"
+        elif self._made == self.request.max_tokens:
+            finish = "length"
+        elif len(self.window) > self._model.config.context and not slide:
+            finish = "context"
+        if finish in ("length", "context"):
+            rest, stopped = self._ended()
+            text, finish = text + rest, "stop" if stopped else finish
+        return Step(self.index, token, text, chosen, top, finish, self._slide())
+
+    def _slide(self) -> int:
+        context = self._model.config.context
+        self.slid = 0
+        if len(self.window) > context:
+            keep = max(1, context // 2)
+            self.slid = len(self.window) - keep
+            self.window = self.window[-keep:]
+        return self.slid
+
+    def _ended(self) -> tuple[str, bool]:
+        text, stopped = self._stops.push(self._stream.flush())
+        return (text, True) if stopped else (text + self._stops.flush(), False)
+
+    def _rest(self) -> str:
+        return self._ended()[0]
+
+
+def _capacity(model: Model, rows: Sequence[_Row]) -> int:
+    """Cache room a row, in tokens: what is needed, or, where the end is open, some to start with."""
+    limits = [row.request.max_tokens if row.request.max_tokens > 0 else _ROOM for row in rows]
+    return min(max(len(row.window) + limit for row, limit in zip(rows, limits, strict=True)), model.config.context)
+
+
+def _report(logits: Tensor, drawn: Tensor, count: int | None) -> list[tuple[Choice | None, tuple[Choice, ...]]]:
+    """For each row the chosen token's log-probability and the ``count`` likeliest tokens; nothing for None."""
+    if count is None:
+        return [(None, ())] * len(drawn)
+    logprobs = logits.float().log_softmax(-1)
+    chosen = logprobs.gather(1, drawn[:, None])[:, 0].tolist()
+    best = logprobs.topk(min(count, logprobs.shape[-1]), dim=-1)
+    tops = [
+        tuple(Choice(id_, value) for id_, value in zip(ids, values, strict=True))
+        for ids, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    ]
+    return [(Choice(id_, value), top) for id_, value, top in zip(drawn.tolist(), chosen, tops, strict=True)]

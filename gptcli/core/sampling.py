@@ -1,0 +1,180 @@
+"""From logits to one token: penalties and bias, temperature, top-k, top-p, min-p, then the draw.
+
+The draw is argmax(filtered logits / T + Gumbel noise), which picks a token with its softmax probability (Gumbel 1954;
+Maddison et al. 2014, "A* sampling", section 2). The noise is a hash of (seed, position, token id): no generator has a
+state, any device computes it alike, and a sample is the same alone, in a batch, streamed or repeated.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from gptcli.errors import UsageError
+
+_BITS = 0xFFFFFFFF
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to choose a token; the defaults change nothing but to draw at temperature 1.
+
+    Attributes:
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_k: keep the k likeliest (ties with the k-th too); 0 keeps all.
+        top_p: keep the likeliest tokens until their probability reaches p; 1 keeps all.
+        min_p: keep tokens at least this fraction as likely as the likeliest; 0 keeps all.
+        repetition_penalty: divides positive and multiplies negative logits of tokens seen in prompt or text (Keskar et
+            al. 2019, CTRL, section 4.1).
+        frequency_penalty, presence_penalty: taken off a generated token's logit, per occurrence and once.
+        logit_bias: token id -> what is added to its logit.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check("temperature", self.temperature, 0 <= self.temperature < math.inf, "0 or more")
+        _check("top-k", self.top_k, self.top_k >= 0, "0 (off) or more")
+        _check("top-p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1")
+        _check("min-p", self.min_p, 0 <= self.min_p <= 1, "from 0 to 1")
+        _check("repetition-penalty", self.repetition_penalty, 0 < self.repetition_penalty < math.inf, "above 0")
+        for name in ("frequency_penalty", "presence_penalty"):
+            value = getattr(self, name)
+            _check(name.replace("_", "-"), value, math.isfinite(value), "a finite number")
+        for token, bias in self.logit_bias.items():
+            _check("logit-bias", f"{token}:{bias}", token >= 0 and not math.isnan(bias), "ID:NUMBER")
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether the choice depends on earlier tokens."""
+        return self.repetition_penalty != 1 or self.frequency_penalty != 0 or self.presence_penalty != 0
+
+
+def _check(name: str, value: object, good: bool, wanted: str) -> None:
+    if not good:
+        raise UsageError(f"{name} {value} is out of range", f"it should be {wanted}")
+
+
+class History:
+    """How often each row has seen each token: ``prompt`` and ``made``, ``[B, V]`` float32."""
+
+    def __init__(self, prompts: Sequence[Sequence[int]], vocab_size: int, device: torch.device) -> None:
+        self.prompt = torch.zeros(len(prompts), vocab_size, device=device)
+        self.made = torch.zeros_like(self.prompt)
+        for row, ids in enumerate(prompts):
+            index = torch.tensor(list(ids), device=device, dtype=torch.int64)
+            self.prompt[row].index_add_(0, index, torch.ones(len(ids), device=device))
+
+    def add(self, tokens: Tensor) -> None:
+        """Count the tokens ``[B]`` that were just made."""
+        self.made[torch.arange(len(tokens), device=tokens.device), tokens] += 1
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep these rows."""
+        index = torch.tensor(rows, device=self.made.device)
+        self.prompt, self.made = self.prompt[index], self.made[index]
+
+
+def filter_logits(logits: Tensor, sampling: Sampling, history: History | None = None) -> Tensor:
+    """The logits ``[B, V]`` after the whole chain but the draw: float32, divided by T, -inf where nothing may be drawn.
+
+    ``history`` is needed where ``sampling.looks_back``. At temperature 0 they are not divided, and only penalties and
+    bias apply.
+    """
+    logits = logits.float()
+    if history is not None and sampling.looks_back:
+        seen = history.prompt + history.made > 0
+        penalized = torch.where(logits > 0, logits / sampling.repetition_penalty, logits * sampling.repetition_penalty)
+        logits = torch.where(seen, penalized, logits)
+        logits = logits - history.made * sampling.frequency_penalty - (history.made > 0) * sampling.presence_penalty
+    if sampling.logit_bias:
+        known = [(token, bias) for token, bias in sampling.logit_bias.items() if token < logits.shape[-1]]
+        index = torch.tensor([token for token, _ in known], device=logits.device, dtype=torch.int64)
+        bias = torch.tensor([bias for _, bias in known], device=logits.device, dtype=torch.float32)
+        logits = logits.index_add(1, index, bias.expand(len(logits), -1))
+    if sampling.temperature == 0:
+        return logits
+    logits = logits / sampling.temperature
+    if 0 < sampling.top_k < logits.shape[-1]:
+        least = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -math.inf)
+    if sampling.top_p < 1:
+        ordered, index = logits.sort(dim=-1, descending=True, stable=True)
+        probabilities = ordered.softmax(-1)
+        before = probabilities.cumsum(-1) - probabilities
+        drop = (before >= sampling.top_p).scatter(1, index, before >= sampling.top_p)
+        logits = logits.masked_fill(drop, -math.inf)
+    if sampling.min_p > 0:
+        least = logits.max(-1, keepdim=True).values + math.log(sampling.min_p)
+        logits = logits.masked_fill(logits < least, -math.inf)
+    return logits
+
+
+def sample(
+    logits: Tensor, sampling: Sampling, seeds: Sequence[int], positions: Sequence[int], history: History | None = None
+) -> Tensor:
+    """Draw one token a row.
+
+    Args:
+        logits: ``[B, V]``, as the model gives them.
+        sampling: the chain.
+        seeds: one a row.
+        positions: of the token to be drawn, one a row: how many tokens stand before it.
+        history: counts of earlier tokens, where ``sampling.looks_back``.
+
+    Returns:
+        ``[B]`` int64.
+    """
+    filtered = filter_logits(logits, sampling, history)
+    if sampling.temperature > 0:
+        filtered = filtered + gumbel_noise(seeds, positions, filtered.shape[-1], filtered.device)
+    return filtered.argmax(-1)
+
+
+def gumbel_noise(seeds: Sequence[int], positions: Sequence[int], size: int, device: torch.device | str) -> Tensor:
+    """Standard Gumbel noise for tokens 0 to ``size``, ``[B, size]`` float32; row i belongs to (seeds[i], positions[i]).
+
+    The integers are the same on every device; the logarithms agree to rounding.
+    """
+    keys = [noise_keys(seed, position) for seed, position in zip(seeds, positions, strict=True)]
+    first, second = torch.tensor(keys, device=device, dtype=torch.int64).T[..., None]  # [B, 1] each
+    hashed = torch.arange(size, device=device, dtype=torch.int64) * 0x9E3779B1 + first
+    hashed = _mix(_mix(hashed & _BITS) ^ second)
+    # Of U in (0, 1), -log(1 - U) is exponential with all its precision where it is small, that is, where Gumbel noise
+    # is large and decides.
+    uniform = ((hashed.float() + 0.5) * 2.0**-32).clamp_(max=1 - 2.0**-24)
+    return -torch.log(-torch.log1p(-uniform))
+
+
+def noise_keys(seed: int, position: int) -> tuple[int, int]:
+    """Two 32-bit keys for the noise of one draw, from all 64 bits of the seed."""
+    low = _mix_int((seed & _BITS) ^ 0x243F6A88)
+    high = _mix_int((seed >> 32 & _BITS) ^ low ^ 0x85A308D3)
+    first = _mix_int((position * 0x9E3779B1 + high) & _BITS)
+    second = _mix_int((position * 0x85EBCA6B + low + first) & _BITS)
+    return first, second
+
+
+def _mix(x: Tensor) -> Tensor:
+    """MurmurHash3's finalizer (Appleby 2011) on 32-bit numbers in int64: a bijection in which each bit sways all."""
+    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & _BITS
+    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & _BITS
+    return x ^ (x >> 16)
+
+
+def _mix_int(x: int) -> int:
+    """``_mix`` of one Python number."""
+    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & _BITS
+    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & _BITS
+    return x ^ (x >> 16)

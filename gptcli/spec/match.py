@@ -1,0 +1,106 @@
+"""A model's file and its configuration, held against each other: which tensors belong there, and which are there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from gptcli.errors import CorruptError
+from gptcli.spec.config import ModelConfig
+from gptcli.spec.index import DTYPE_NAMES, TensorInfo, read_folder
+from gptcli.spec.names import FAMILIES, HEADS
+from gptcli.spec.params import tensors
+
+
+@dataclass(frozen=True)
+class DiskTensor:
+    """One tensor of a model file: its shape on disk and our tensors that it holds, as (name, rows)."""
+
+    shape: tuple[int, ...]
+    parts: tuple[tuple[str, int], ...]
+    transpose: bool
+
+
+def disk_layout(config: ModelConfig) -> dict[str, DiskTensor]:
+    """Every tensor of the model's file by its name on disk without the prefix, in the order of the forward pass."""
+    shapes = {tensor.name: tensor.shape for tensor in tensors(config)}
+    layout: dict[str, DiskTensor] = {}
+    for rule in FAMILIES[config.family].rules:
+        layers = range(config.layers) if "{i}" in rule.disk else range(1)
+        for i in layers:
+            ours = [name.replace("{i}", str(i)) for name in rule.ours]
+            if not all(name in shapes for name in ours):
+                continue
+            rows = tuple((name, shapes[name][0]) for name in ours)
+            shape = (sum(count for _, count in rows), *shapes[ours[0]][1:])
+            shape = shape[::-1] if rule.transpose else shape
+            layout[rule.disk.replace("{i}", str(i))] = DiskTensor(shape, rows, rule.transpose)
+    return layout
+
+
+def written_name(config: ModelConfig, name: str) -> str:
+    """The name under which ``transformers`` writes a tensor of the layout."""
+    return name if name in HEADS else FAMILIES[config.family].prefix + name
+
+
+def match_names(config: ModelConfig, names: Iterable[str]) -> tuple[dict[str, str], list[str], list[str]]:
+    """Match the names in a file with the layout.
+
+    Returns ``(found, missing, left over)``: layout name -> name in the file, layout names without one, and names in
+    the file that belong to nothing. A tied model's file may repeat its unembedding.
+    """
+    family = FAMILIES[config.family]
+    layout = disk_layout(config)
+    found: dict[str, str] = {}
+    extra: list[str] = []
+    for name in names:
+        bare = name.removeprefix(family.prefix)
+        if bare in layout and bare not in found:
+            found[bare] = name
+        elif not (family.ignored.fullmatch(bare) or (config.tied and bare in HEADS)):
+            extra.append(name)
+    return found, [name for name in layout if name not in found], extra
+
+
+# Layout name -> the name in the file, and what its header says.
+Matched = dict[str, tuple[str, TensorInfo]]
+
+
+def match_folder(folder: Path, config: ModelConfig) -> Matched:
+    """``match`` of a model folder; raises as ``read_folder`` and ``match`` do."""
+    return match(read_folder(folder), config, str(folder))
+
+
+def match(infos: Mapping[str, TensorInfo], config: ModelConfig, where: str) -> Matched:
+    """Match the tensors that headers declare with a configuration; ``where`` names the file or folder in errors.
+
+    Raises CorruptError that lists the tensors which are missing, left over, of the wrong shape or of an integer type.
+    """
+    found, missing, extra = match_names(config, infos)
+    faults = [f"missing: {_list(missing)}"] if missing else []
+    faults += [f"left over: {_list(extra)}"] if extra else []
+    layout = disk_layout(config)
+    for name, theirs in found.items():
+        info = infos[theirs]
+        if info.shape != layout[name].shape:
+            faults.append(f"{theirs} is {list(info.shape)}, and the configuration wants {list(layout[name].shape)}")
+        elif info.dtype not in DTYPE_NAMES:
+            faults.append(f"{theirs} is of type {info.dtype}, and weights are {', '.join(DTYPE_NAMES)}")
+    if faults:
+        message = f"the weights in {where} do not fit the configuration: {'; '.join(faults[:4])}"
+        raise CorruptError(message, "download or save the folder again, or check config.json")
+    return {name: (theirs, infos[theirs]) for name, theirs in found.items()}
+
+
+def stored_dtype(matched: Matched) -> str:
+    """The type that most parameters of a matched folder are stored in, by torch's name."""
+    counts: dict[str, int] = {}
+    for _, info in matched.values():
+        counts[info.dtype] = counts.get(info.dtype, 0) + info.parameters
+    return DTYPE_NAMES[max(counts, key=counts.__getitem__)]
+
+
+def _list(names: list[str]) -> str:
+    shown = ", ".join(sorted(names)[:5])
+    return f"{shown} and {len(names) - 5} more" if len(names) > 5 else shown

@@ -1,0 +1,96 @@
+"""What all tests share: a machine of their own, tiny models, and gptcli as a person runs it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+GOLDEN = Path(__file__).parent / "data" / "golden"
+
+_SHARED_CACHE = ROOT.parent / "shared" / "tiktoken-cache"
+if "TIKTOKEN_CACHE_DIR" not in os.environ and _SHARED_CACHE.is_dir():
+    os.environ["TIKTOKEN_CACHE_DIR"] = str(_SHARED_CACHE)
+
+needs_encodings = pytest.mark.skipif(
+    not os.environ.get("TIKTOKEN_CACHE_DIR"), reason="needs tiktoken's vocabularies in TIKTOKEN_CACHE_DIR"
+)
+
+
+@pytest.fixture(autouse=True)
+def own_machine(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No settings and no models of whoever runs the tests; nothing from a network."""
+    home = tmp_path_factory.mktemp("home")
+    for name in [name for name in os.environ if name.startswith(("GPTCLI_", "HF_", "HUGGINGFACE_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(home / "config"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home / "cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+
+
+_WORDS = (
+    "Once upon a time there was a king who had a daughter, and she went to the forest with the animals and the other "
+    "children. One day the king said that he would give her hand to the man who could make her laugh. They were happy."
+)
+
+Gptcli = Callable[..., "subprocess.CompletedProcess[bytes]"]
+
+
+@pytest.fixture
+def gptcli() -> Gptcli:
+    """Run gptcli in a process of its own: ``gptcli("generate", "x", stdin=b"...", env={...})``; output is bytes.
+
+    Without ``stdin`` it is /dev/null.
+    """
+
+    def run(
+        *args: str | bytes, stdin: bytes | None = None, env: dict[str, str] | None = None, cwd: Path | None = None
+    ) -> subprocess.CompletedProcess[bytes]:
+        source = {"stdin": subprocess.DEVNULL} if stdin is None else {"input": stdin}
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}
+        command = [sys.executable, "-m", "gptcli", *args]
+        return subprocess.run(command, capture_output=True, env=environment, cwd=cwd, timeout=300, **source)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A GPT-2 folder of random weights with a real, tiny tokenizer: 2 layers, width 32, context 64, 300 tokens."""
+    from gptcli.core.build import random_model
+    from gptcli.core.checkpoint import save_folder
+    from gptcli.core.runtime import DTYPES
+    from gptcli.spec.config import from_hf
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    raw = {
+        "model_type": "gpt2",
+        "vocab_size": 300,
+        "n_positions": 64,
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
+    save_folder(
+        random_model(from_hf(raw), seed=7),
+        folder,
+        dtype=DTYPES["float32"],
+        files={"tokenizer.json": tiny_tokenizer()},
+    )
+    return folder
+
+
+def tiny_tokenizer() -> bytes:
+    """A tokenizer.json of 300 tokens: <|endoftext|>, the 256 bytes, and 43 merges of the words below."""
+    from gptcli.train.data import train_tokenizer
+
+    return train_tokenizer([_WORDS] * 3, 300)
