@@ -69,6 +69,12 @@ class LazyGroup(TyperGroup):
 
     entries: Mapping[str, Entry] = COMMANDS
 
+    def get_help_option(self, ctx: Any) -> Any:
+        option = super().get_help_option(ctx)
+        if option is not None:
+            option.default = False  # without one, Typer imports pydantic to check that None is None
+        return option
+
     def list_commands(self, ctx: Any) -> list[str]:
         return list(self.entries)
 

@@ -26,22 +26,36 @@ _ROWS_AT_ONCE = 16
 
 def generate(
     ctx: typer.Context,
-    text: Annotated[str | None, typer.Argument(metavar="TEXT", help="The text to continue; - for stdin.")] = None,
+    text: Annotated[str | None, typer.Argument(metavar="[TEXT]", help="The text to continue; - for stdin.")] = None,
     model: options.Model = None,
     max_tokens: Annotated[
-        int, typer.Option("--max-tokens", "-n", help="-1: to the text's end or the context's.")
+        int, typer.Option("--max-tokens", "-n", metavar="N", help="-1: to the text's end or the context's.")
     ] = 128,
-    temperature: Annotated[float, typer.Option("--temperature", "-t", help="0: always the likeliest token.")] = 0.8,
-    top_k: Annotated[int, typer.Option("--top-k", "-k", help="Draw among the K likeliest; 0: all.")] = 0,
-    top_p: Annotated[float, typer.Option("--top-p", help="Draw among the likeliest that make up P.")] = 1.0,
-    min_p: Annotated[float, typer.Option("--min-p", help="Leave out tokens P times less likely than the first.")] = 0.0,
-    repetition_penalty: Annotated[float, typer.Option("--repetition-penalty", help="Above 1: repeat less.")] = 1.0,
-    frequency_penalty: Annotated[float, typer.Option("--frequency-penalty", help="Off per earlier use.")] = 0.0,
-    presence_penalty: Annotated[float, typer.Option("--presence-penalty", help="Off if used before.")] = 0.0,
+    temperature: Annotated[
+        float, typer.Option("--temperature", "-t", metavar="T", help="0: always the likeliest token.")
+    ] = 0.8,
+    top_k: Annotated[int, typer.Option("--top-k", "-k", metavar="K", help="Draw among the K likeliest; 0: all.")] = 0,
+    top_p: Annotated[
+        float, typer.Option("--top-p", metavar="P", help="Draw among the likeliest that make up P.")
+    ] = 1.0,
+    min_p: Annotated[
+        float, typer.Option("--min-p", metavar="P", help="Leave out tokens P times less likely than the first.")
+    ] = 0.0,
+    repetition_penalty: Annotated[
+        float, typer.Option("--repetition-penalty", metavar="X", help="Above 1: repeat less.")
+    ] = 1.0,
+    frequency_penalty: Annotated[
+        float, typer.Option("--frequency-penalty", metavar="X", help="Off per earlier use.")
+    ] = 0.0,
+    presence_penalty: Annotated[
+        float, typer.Option("--presence-penalty", metavar="X", help="Off if used before.")
+    ] = 0.0,
     logit_bias: Annotated[
         list[str] | None, typer.Option("--logit-bias", metavar="ID:BIAS", help="Add to a token's logit; repeatable.")
     ] = None,
-    stop: Annotated[list[str] | None, typer.Option("--stop", help="End before this string; repeatable.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option("--stop", metavar="TEXT", help="End before this string; repeatable.")
+    ] = None,
     num_samples: Annotated[int, typer.Option("--num-samples", metavar="N", help="N texts; sample i has seed + i.")] = 1,
     logprobs: Annotated[int | None, typer.Option("--logprobs", metavar="N", help="In JSON: log-probabilities.")] = None,
     batch: Annotated[

@@ -27,7 +27,10 @@ def tokenize(
     ] = None,
     model: options.Model = None,
     encoding: Annotated[
-        str | None, typer.Option("--encoding", "-e", help="A tiktoken encoding: cl100k_base, o200k_base, gpt2, ...")
+        str | None,
+        typer.Option(
+            "--encoding", "-e", metavar="NAME", help="A tiktoken encoding: cl100k_base, o200k_base, gpt2, ..."
+        ),
     ] = None,
     count: Annotated[bool, typer.Option("--count", help="Only how many; rows like wc's for several files.")] = False,
     ids: Annotated[bool, typer.Option("--ids", help="Ids, on a terminal too.")] = False,

@@ -31,31 +31,48 @@ def train(
     valid: Annotated[
         list[str] | None, typer.Option("--valid", metavar="FILE", help="Text to evaluate on; else 1% of the documents.")
     ] = None,
-    preset: Annotated[str | None, typer.Option("--preset", help="A size by name: gpt2, gpt2-medium, ...")] = None,
-    config: Annotated[Path | None, typer.Option("--config", help="A config.json to take the size from.")] = None,
-    layers: Annotated[int, typer.Option("--layers", min=1)] = 6,
-    heads: Annotated[int | None, typer.Option("--heads", min=1, help="Default: one for each 64 of width.")] = None,
-    width: Annotated[int, typer.Option("--width", min=1)] = 256,
-    context: Annotated[int, typer.Option("--context", min=2, help="The most tokens that the model sees.")] = 512,
-    vocab_size: Annotated[int | None, typer.Option("--vocab-size", help="Train a tokenizer of this size.")] = None,
+    preset: Annotated[
+        str | None, typer.Option("--preset", metavar="NAME", help="A size by name: gpt2, gpt2-medium, ...")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", metavar="FILE", help="A config.json to take the size from.")
+    ] = None,
+    layers: Annotated[int, typer.Option("--layers", metavar="L", min=1)] = 6,
+    heads: Annotated[
+        int | None, typer.Option("--heads", metavar="H", min=1, help="Default: one for each 64 of width.")
+    ] = None,
+    width: Annotated[int, typer.Option("--width", metavar="C", min=1)] = 256,
+    context: Annotated[
+        int, typer.Option("--context", metavar="T", min=2, help="The most tokens that the model sees.")
+    ] = 512,
+    vocab_size: Annotated[
+        int | None, typer.Option("--vocab-size", metavar="V", help="Train a tokenizer of this size.")
+    ] = None,
     tokenizer: Annotated[
-        str | None, typer.Option("--tokenizer", help="Use a model's tokenizer; default: the shipped model's.")
+        str | None,
+        typer.Option("--tokenizer", metavar="MODEL", help="Use a model's tokenizer; default: the shipped model's."),
     ] = None,
-    steps: Annotated[int | None, typer.Option("--steps", min=1)] = None,
-    tokens: Annotated[int | None, typer.Option("--tokens", min=1)] = None,
+    steps: Annotated[int | None, typer.Option("--steps", metavar="N", min=1)] = None,
+    tokens: Annotated[int | None, typer.Option("--tokens", metavar="N", min=1)] = None,
     epochs: Annotated[
-        float | None, typer.Option("--epochs", help="Passes over the data; 1 if no length is given.")
+        float | None, typer.Option("--epochs", metavar="X", help="Passes over the data; 1 if no length is given.")
     ] = None,
-    minutes: Annotated[float | None, typer.Option("--minutes")] = None,
-    batch_tokens: Annotated[int, typer.Option("--batch-tokens", min=1, help="Tokens a step.")] = 8192,
-    lr: Annotated[float, typer.Option("--lr", help="The highest learning rate.")] = 1e-3,
-    weight_decay: Annotated[float, typer.Option("--weight-decay")] = 0.1,
-    eval_every: Annotated[int, typer.Option("--eval-every", min=0, help="Steps; 0: only at the end.")] = 250,
-    save_every: Annotated[int, typer.Option("--save-every", min=0, help="Steps; 0: only at the end.")] = 1000,
+    minutes: Annotated[float | None, typer.Option("--minutes", metavar="X")] = None,
+    batch_tokens: Annotated[int, typer.Option("--batch-tokens", metavar="N", min=1, help="Tokens a step.")] = 8192,
+    lr: Annotated[float, typer.Option("--lr", metavar="X", help="The highest learning rate.")] = 1e-3,
+    weight_decay: Annotated[float, typer.Option("--weight-decay", metavar="X")] = 0.1,
+    eval_every: Annotated[
+        int, typer.Option("--eval-every", metavar="N", min=0, help="Steps; 0: only at the end.")
+    ] = 250,
+    save_every: Annotated[
+        int, typer.Option("--save-every", metavar="N", min=0, help="Steps; 0: only at the end.")
+    ] = 1000,
     seed: options.Seed = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
-    save_dtype: Annotated[str, typer.Option("--save-dtype", help="float32, bfloat16 or float16.")] = "float32",
+    save_dtype: Annotated[
+        str, typer.Option("--save-dtype", metavar="DTYPE", help="float32, bfloat16 or float16.")
+    ] = "float32",
     threads: options.Threads = None,
     compile: Annotated[bool, typer.Option("--compile/--no-compile", help="Compile the model first.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the model in DIR.")] = False,

@@ -29,17 +29,31 @@ from gptcli.spec.config import ModelConfig
 Tap = Callable[[str, Tensor], None]
 
 
+class Linear(nn.Linear):
+    """A matrix that is filled from outside: torch's own initial values would cost time and be thrown away."""
+
+    def reset_parameters(self) -> None:
+        """Leave them unset."""
+
+
+class Embedding(nn.Embedding):
+    """A table that is filled from outside, as ``Linear``."""
+
+    def reset_parameters(self) -> None:
+        """Leave them unset."""
+
+
 class Transformer(nn.Module):
     """A decoder-only transformer over token ids; parameters are named as ``spec.params.tensors`` lists them."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.width)
-        self.positions = nn.Embedding(config.context, config.width) if config.position == "learned" else None
+        self.embedding = Embedding(config.vocab_size, config.width)
+        self.positions = Embedding(config.context, config.width) if config.position == "learned" else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = make_norm(config)
-        self.unembedding = nn.Linear(config.width, config.vocab_size, bias=False)
+        self.unembedding = Linear(config.width, config.vocab_size, bias=False)
         self.tie()
 
     def tie(self) -> None:
@@ -127,10 +141,10 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = config.head_dim
         queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
-        self.query = nn.Linear(config.width, queries, bias=config.qkv_bias)
-        self.key = nn.Linear(config.width, keys, bias=config.qkv_bias)
-        self.value = nn.Linear(config.width, keys, bias=config.qkv_bias)
-        self.output = nn.Linear(queries, config.width, bias=config.output_bias)
+        self.query = Linear(config.width, queries, bias=config.qkv_bias)
+        self.key = Linear(config.width, keys, bias=config.qkv_bias)
+        self.value = Linear(config.width, keys, bias=config.qkv_bias)
+        self.output = Linear(queries, config.width, bias=config.output_bias)
 
     def forward(
         self, x: Tensor, turn: Rotation | None, mask: Mask, cache: KVCache | None, layer: int, tap: Tap | None
@@ -166,9 +180,9 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.activation = ACTIVATIONS[config.activation]
-        self.gate = nn.Linear(config.width, config.mlp_width, bias=config.mlp_bias) if config.gated else None
-        self.up = nn.Linear(config.width, config.mlp_width, bias=config.mlp_bias)
-        self.down = nn.Linear(config.mlp_width, config.width, bias=config.mlp_bias)
+        self.gate = Linear(config.width, config.mlp_width, bias=config.mlp_bias) if config.gated else None
+        self.up = Linear(config.width, config.mlp_width, bias=config.mlp_bias)
+        self.down = Linear(config.mlp_width, config.width, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, T, C]`` to ``[B, T, C]``."""
