@@ -55,6 +55,8 @@ class LeafCommand(TyperCommand):
             if param.param_type_name == "option" and not param.envvar:
                 param.envvar = "GPTCLI_" + _long_name(param.opts).upper().replace("-", "_")
                 param.show_envvar = False
+            elif param.param_type_name == "argument":
+                param.display_type = lambda ctx: ""  # "list[str]" tells nobody anything
 
     def invoke(self, ctx: Any) -> Any:
         common = {param.name: ctx.params.pop(param.name) for param in self._common}

@@ -26,7 +26,7 @@ def count_params(
     ctx: typer.Context,
     models: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[MODEL...]", help="Presets, models, folders, config.json or .safetensors files."),
+        typer.Argument(metavar="MODEL", help="Presets, models, folders, config.json or .safetensors files."),
     ] = None,
     format: Annotated[
         str | None, typer.Option("--format", metavar="|".join(FORMATS), help="How to show it; table by default.")

@@ -26,7 +26,7 @@ _ROWS_AT_ONCE = 16
 
 def generate(
     ctx: typer.Context,
-    text: Annotated[str | None, typer.Argument(metavar="[TEXT]", help="The text to continue; - for stdin.")] = None,
+    text: Annotated[str | None, typer.Argument(metavar="TEXT", help="The text to continue; - for stdin.")] = None,
     model: options.Model = None,
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", "-n", metavar="N", help="-1: to the text's end or the context's.")

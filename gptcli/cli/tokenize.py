@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def tokenize(
     ctx: typer.Context,
     texts: Annotated[
-        list[str] | None, typer.Argument(metavar="[TEXT...]", help="Texts, - for stdin; with --count also files.")
+        list[str] | None, typer.Argument(metavar="TEXT", help="Texts, - for stdin; with --count also files.")
     ] = None,
     model: options.Model = None,
     encoding: Annotated[

@@ -26,7 +26,7 @@ _LINE_EVERY_SECONDS = 10.0
 
 def train(
     ctx: typer.Context,
-    data: Annotated[list[str], typer.Argument(metavar="DATA...", help="Text files, .xz or .gz, or - for stdin.")],
+    data: Annotated[list[str], typer.Argument(metavar="DATA", help="Text files, .xz or .gz, or - for stdin.")],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="The model folder to write.")],
     valid: Annotated[
         list[str] | None, typer.Option("--valid", metavar="FILE", help="Text to evaluate on; else 1% of the documents.")

@@ -1,0 +1,111 @@
+"""The documents say what the program does: exit codes, JSON fields, commands and their output."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gptcli.errors import ExitCode
+from tests.conftest import ROOT, Gptcli
+
+REFERENCE = (ROOT / "docs" / "reference.md").read_text()
+README = (ROOT / "README.md").read_text()
+
+
+def documented(section: str) -> set[str]:
+    """The names in the first column of a section's table."""
+    part = REFERENCE.split(f"\n### {section}\n")[1].split("\n#")[0]
+    rows = [line.split("|")[1] for line in part.splitlines() if line.startswith("| `")]
+    return {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
+
+
+def objects(output: bytes) -> list[dict[str, object]]:
+    return [json.loads(line) for line in output.splitlines()]
+
+
+@pytest.mark.parametrize("text", [REFERENCE, README], ids=["reference", "README"])
+def test_exit_codes_are_the_enum(text: str) -> None:
+    rows = re.findall(r"^\| (\d+) \| (?:([A-Z_]+) \| )?", text, flags=re.MULTILINE)
+    assert {int(code) for code, _ in rows} == {int(code) for code in ExitCode}
+    assert all(ExitCode(int(code)).name == name for code, name in rows if name)
+
+
+def test_generate_fields(gptcli: Gptcli, tiny_folder: Path) -> None:
+    done = gptcli("generate", "x", "-m", str(tiny_folder), "-n", "2", "--json", "--num-samples", "2", "--logprobs", "1")
+    first = objects(done.stdout)[0]
+    assert documented("generate") == set(first)
+    assert set(first["usage"]) == {"prompt_tokens", "completion_tokens"}
+    assert set(first["timing"]) == {"load_seconds", "prefill_seconds", "decode_seconds", "tokens_per_second"}
+    assert set(first["logprobs"][0]) == {"id", "text", "logprob", "top"}
+
+
+def test_tokenize_fields(gptcli: Gptcli, tiny_folder: Path) -> None:
+    common = ("tokenize", "--json", "-m", str(tiny_folder))
+    runs = [("a b",), ("a b", "--count"), ("a b", "--truncate", "1"), ("a b", "--split", "1"), ("65", "--decode")]
+    seen = {name for run in runs for value in objects(gptcli(*common, *run).stdout) for name in value}
+    assert documented("tokenize") == seen
+
+
+def test_count_params_fields(gptcli: Gptcli) -> None:
+    report = objects(gptcli("count-params", "gpt3", "--json").stdout)[0]
+    assert documented("count-params") == set(report)
+    assert (report["matrices"], report["matrix_parameters"]) == (27938, 175181291520)
+
+
+def test_models_and_train_fields_are_named(gptcli: Gptcli, tiny_folder: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("Once upon a time there was a king. " * 50 + "<|endoftext|>" + "He was happy. " * 50)
+    shape = ["--layers", "1", "--width", "16", "--context", "16", "--batch-tokens", "32", "--steps", "2"]
+    tokenizer = ["--tokenizer", str(tiny_folder), "--valid", str(text)]
+    trained = gptcli("train", str(text), "-o", str(tmp_path / "out"), *shape, *tokenizer, "--json", "--seed", "1")
+    events = objects(trained.stdout)
+    assert [event["event"] for event in events] == ["start", "step", "step", "eval", "save", "done"]
+    shown = objects(gptcli("models", "show", str(tiny_folder), "--json").stdout)
+    verified = objects(gptcli("models", "verify", str(tiny_folder), "--json").stdout)
+    part = REFERENCE.split("\n### models\n")[1]
+    names = {name for value in [*shown, *verified, events[1], events[3]] for name in value} - {"event"}
+    assert names <= set(re.findall(r"`([a-z_]+)`", part))
+
+
+def console_commands(text: str) -> list[tuple[str, str]]:
+    """The commands of the ``console`` blocks, each with the output shown under it."""
+    found = []
+    for block in re.findall(r"```console\n(.*?)```", text, flags=re.DOTALL):
+        for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
+            command, _, output = part.partition("\n")
+            while command.endswith("\\"):
+                more, _, output = output.partition("\n")
+                command = command[:-1] + more
+            found.append((command, output))
+    return found
+
+
+@pytest.mark.parametrize(("command", "output"), console_commands(README))
+def test_readme_is_executed(command: str, output: str, tmp_path: Path) -> None:
+    """Each command ends well; what it shows is what the README shows, but for text that depends on the arithmetic."""
+    program = f"{shlex.quote(sys.executable)} -m gptcli"
+    script = f'set -o pipefail\ngptcli() {{ {program} "$@"; }}\n{command}'
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        ["bash", "-c", script], capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=300,
+        stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    if "generate" in command and "wc" not in command:
+        assert done.stdout.strip()
+    elif output.strip():
+        assert done.stdout.rstrip().splitlines() == output.rstrip().splitlines()
+
+
+def test_readme_has_the_help(gptcli: Gptcli) -> None:
+    """The list of commands in the README is the program's."""
+    shown = gptcli("--help").stdout.decode()
+    commands = shown.split("Commands:\n")[1].split("\n\n")[0]
+    assert commands in README
