@@ -167,6 +167,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = typer.main.get_command(make_app(completion=completion))
         settings: dict[str, Any] = {"obj": out, "default_map": read_settings(args)}
         result = command.main(args, prog_name="gptcli", standalone_mode=False, **settings)
+        if result == ExitCode.INTERRUPTED:  # what Typer makes of Ctrl-C
+            raise KeyboardInterrupt
         out.close()
         return int(result or 0)
     except KeyboardInterrupt:

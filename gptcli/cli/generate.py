@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from gptcli.core.generate import Choice, Step, Timing
     from gptcli.core.sampling import Sampling
 
+_SEPARATOR = "<|endoftext|>"
+
 # Rows that are decoded together; more wait for their turn.
 _ROWS_AT_ONCE = 16
 
@@ -249,7 +251,9 @@ def _as_json(job: _Job, run: _Run, timing: Timing, index: int | None) -> dict[st
 
 
 def _write_text(out: Output, job: _Job, runs: list[_Run], *, echo: bool, stream: bool) -> None:
-    """The texts themselves. One alone streams; several are shown whole, each under its number."""
+    """The texts themselves. One alone streams; several are shown whole: on a terminal each under its number, off one with
+    the line between them that parts documents everywhere in gptcli.
+    """
     from gptcli.core.generate import Timing
 
     if len(runs) == 1:
@@ -270,9 +274,12 @@ def _write_text(out: Output, job: _Job, runs: list[_Run], *, echo: bool, stream:
         for step in job.steps(group, Timing()):
             _tell_slide(out, step)
         for index, run in enumerate(group, first):
-            out.data(out.style(f"--- {index} (seed {run.seed})", "bold"))
-            out.text((run.prompt.text if echo else "") + run.text)
-            out.data("" if run.text.endswith("\n") else "\n", end="")
+            if out.on_terminal:
+                out.data(out.style(f"--- {index} (seed {run.seed})", "bold"))
+            elif index:
+                out.data(_SEPARATOR)
+            text = (run.prompt.text if echo else "") + run.text
+            out.text(text if text.endswith("\n") else text + "\n")
 
 
 def _tell_slide(out: Output, step: Step) -> None:
