@@ -18,7 +18,7 @@ from gptcli.errors import CorruptError, UsageError
 if TYPE_CHECKING:
     from gptcli.core.build import Model
     from gptcli.core.generate import Choice, Step, Timing
-    from gptcli.core.sampling import Sampling
+    from gptcli.core.settings import Sampling
 
 _SEPARATOR = "<|endoftext|>"
 
@@ -100,7 +100,10 @@ def generate(
         raise UsageError(f"--logprobs {logprobs} needs --json and a number up to 100", "add --json")
     if seed is not None and not 0 <= seed < 2**63:
         raise UsageError(f"--seed {seed} is out of range", "it should be from 0 up to 2**63 - 1")
-    biases = _parse_biases(logit_bias or [])
+    from gptcli.core.settings import Sampling
+
+    penalties = (repetition_penalty, frequency_penalty, presence_penalty)
+    sampling = Sampling(temperature, top_k, top_p, min_p, *penalties, _parse_biases(logit_bias or []))
     if batch is None:
         found = sources([] if text is None else [text], file or [], no_stdin=no_stdin, strip=strip)
         prompts = [_Prompt(one_text(found, errors))]
@@ -114,11 +117,7 @@ def generate(
     loaded = open_for_inference(model, out, device=device, dtype=dtype, threads=threads)
     from gptcli.core import runtime
     from gptcli.core.generate import Timing
-    from gptcli.core.sampling import Sampling
 
-    sampling = Sampling(
-        temperature, top_k, top_p, min_p, repetition_penalty, frequency_penalty, presence_penalty, biases
-    )
     common_seed = seed if seed is not None else runtime.draw_seed()
     if seed is None and not out.json and temperature > 0 and (out.talks_to_terminal or out.verbose):
         out.note(f"seed {common_seed}")
@@ -251,8 +250,8 @@ def _as_json(job: _Job, run: _Run, timing: Timing, index: int | None) -> dict[st
 
 
 def _write_text(out: Output, job: _Job, runs: list[_Run], *, echo: bool, stream: bool) -> None:
-    """The texts themselves. One alone streams; several are shown whole: on a terminal each under its number, off one with
-    the line between them that parts documents everywhere in gptcli.
+    """The texts themselves. One alone streams. Several come whole: on a terminal each under its number, else parted
+    by the line that parts documents everywhere in gptcli.
     """
     from gptcli.core.generate import Timing
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from gptcli.core.build import Model
 from gptcli.core.decode import Decoder
-from gptcli.core.sampling import History, Sampling, sample
+from gptcli.core.sampling import History, sample
+from gptcli.core.settings import Sampling
 from gptcli.errors import LimitError, UsageError
 from gptcli.text.stops import Stops
 from gptcli.text.stream import TextStream

@@ -29,7 +29,7 @@ def main() -> None:
     from gptcli.core.build import open_model
     from gptcli.core.decode import Decoder
     from gptcli.core.generate import Request, Timing, generate
-    from gptcli.core.sampling import Sampling
+    from gptcli.core.settings import Sampling
     from gptcli.text.tokenizer import Tokenizer
 
     with random_folder(options.preset) as folder:
