@@ -43,6 +43,10 @@ _SETTINGS: dict[str, Any] = {"rich_markup_mode": None, "pretty_exceptions_enable
 _NAMES = {"help_option_names": ["-h", "--help"]}
 
 
+class _ReaderGoneError(Exception):
+    """Whoever read our standard output has closed it: ``| head -1``."""
+
+
 class LeafCommand(TyperCommand):
     """One command: its own options, the options of every command, and ``GPTCLI_<OPTION>`` for each."""
 
@@ -63,7 +67,10 @@ class LeafCommand(TyperCommand):
         # A command with formats of its own is told which by its own option.
         common.setdefault("format", ctx.params.get("format"))
         ctx.find_object(Output).configure(**common)
-        return super().invoke(ctx)
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:  # Typer would exit with 1
+            raise _ReaderGoneError from None
 
 
 class LazyGroup(TyperGroup):
@@ -184,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _report(error: BaseException, out: Output) -> int:
     """Say what an exception means, once, and give its exit code."""
-    if isinstance(error, BrokenPipeError):
+    if isinstance(error, BrokenPipeError | _ReaderGoneError):
         out.abandon()
         return ExitCode.OK
     if isinstance(error, SystemExit):
@@ -194,6 +201,8 @@ def _report(error: BaseException, out: Output) -> int:
         return ExitCode.USAGE
     known = _as_gptcli_error(error)
     out.error(known)
+    if isinstance(error, OSError):
+        out.abandon()  # or the interpreter would try stdout once more, and complain
     return known.exit_code
 
 

@@ -40,11 +40,12 @@ class Output:
 
     @classmethod
     def standard(cls, *, json: bool = False) -> Output:
-        """Over the process's own streams, in UTF-8 whatever the locale says."""
-        for stream in (sys.stdout, sys.stderr):
+        """Over the process's own streams, in UTF-8 whatever the locale says; a closed one swallows what it is given."""
+        streams = [stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr)]  # noqa: SIM115
+        for stream in streams:
             with contextlib.suppress(AttributeError, ValueError):
                 stream.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
-        return cls(sys.stdout, sys.stderr, json=json)
+        return cls(*streams, json=json)
 
     def configure(
         self, *, json_: bool = False, format: str | None = None, quiet: bool = False, verbose: bool = False, color: str
