@@ -119,7 +119,7 @@ def generate(
     from gptcli.core.generate import Timing
 
     common_seed = seed if seed is not None else runtime.draw_seed()
-    if seed is None and not out.json and temperature > 0 and (out.talks_to_terminal or out.verbose):
+    if seed is None and not out.json and temperature > 0:
         out.note(f"seed {common_seed}")
     for prompt in prompts:
         prompt.prepare(loaded, special=special == "parse", truncate=truncate_prompt is not None, out=out)
