@@ -26,8 +26,9 @@ class KVCache:
         self, config: ModelConfig, batch: int, capacity: int, *, device: torch.device | str, dtype: torch.dtype
     ) -> None:
         shape = (batch, config.kv_heads, capacity, config.head_dim)
-        self.keys = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.layers)]
-        self.values = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.layers)]
+        # Zeros, not whatever memory held: a place that is masked has weight 0, but 0 times NaN is NaN.
+        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.layers)]
+        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.layers)]
         self.lengths = [0] * batch
         self.capacity = capacity
         self._positions: Tensor | None = None  # [B, T] of the tokens that are being added, where rows differ
@@ -89,7 +90,7 @@ class KVCache:
         for tensors in (self.keys, self.values):
             for layer, old in enumerate(tensors):
                 batch, heads, held, dim = old.shape
-                tensors[layer] = old.new_empty(batch, heads, capacity, dim)
+                tensors[layer] = old.new_zeros(batch, heads, capacity, dim)
                 tensors[layer][:, :, :held] = old
         self.capacity = capacity
 

@@ -16,6 +16,8 @@ from torch import Tensor
 from gptcli.core.settings import Sampling
 
 _BITS = 0xFFFFFFFF
+# A temperature below this is as good as 0, and float32 could not divide by it.
+_COLDEST = 1e-30
 
 
 class History:
@@ -57,7 +59,7 @@ def filter_logits(logits: Tensor, sampling: Sampling, history: History | None = 
         logits = logits.index_add(1, index, bias.expand(len(logits), -1))
     if sampling.temperature == 0:
         return logits
-    logits = logits / sampling.temperature
+    logits = logits / max(sampling.temperature, _COLDEST)
     if 0 < sampling.top_k < logits.shape[-1]:
         least = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < least, -math.inf)
@@ -65,8 +67,9 @@ def filter_logits(logits: Tensor, sampling: Sampling, history: History | None = 
         ordered, index = logits.sort(dim=-1, descending=True, stable=True)
         probabilities = ordered.softmax(-1)
         before = probabilities.cumsum(-1) - probabilities
-        drop = (before >= sampling.top_p).scatter(1, index, before >= sampling.top_p)
-        logits = logits.masked_fill(drop, -math.inf)
+        beyond = before >= sampling.top_p
+        beyond[:, 0] = False
+        logits = logits.masked_fill(beyond.scatter(1, index, beyond), -math.inf)
     if sampling.min_p > 0:
         least = logits.max(-1, keepdim=True).values + math.log(sampling.min_p)
         logits = logits.masked_fill(logits < least, -math.inf)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -37,37 +38,56 @@ def truncate(tokenizer: Tokenizer, ids: Iterable[int], size: int, keep: str) -> 
 def split(tokenizer: Tokenizer, ids: Iterable[int], size: int, overlap: int = 0) -> Iterator[str]:
     """The text in pieces of at most ``size`` tokens, each sharing at least ``overlap`` with the one before.
 
-    Without overlap the pieces joined are the text. Only a single character that is itself more than ``size`` tokens
-    makes a longer piece. ``overlap`` is less than ``size``.
+    Without overlap the pieces joined are the text. A piece is longer than ``size`` only where a single character is,
+    and shares less than ``overlap`` only where it could not go on otherwise. ``overlap`` is less than ``size``.
     """
     source = iter(ids)
-    window: list[tuple[int, bytes]] = []
+    data = b""
+    ends: list[int] = []  # where each token ends in data; a token may end one character and begin the next
     while True:
-        more = size + 8 - len(window)  # a border is decided by the token behind it
-        window += [(id_, tokenizer.token_bytes(id_)) for id_ in islice(source, max(0, more))]
-        if not window:
+        for id_ in islice(source, max(0, size + 8 - len(ends))):
+            data += tokenizer.token_bytes(id_)
+            ends.append(len(data))
+        if not data:
             return
-        borders = [i for i in range(1, len(window)) if not _continues(window[i][1])] + [len(window)]
-        text, end = _piece(tokenizer, window, borders, size)
-        yield text
-        if end == len(window):
+        end = _piece_end(tokenizer, data, ends, size)
+        yield data[:end].decode("utf-8", errors="replace")
+        if end == len(data):
             return
-        back = [border for border in borders if border <= end - overlap]
-        window = window[(back[-1] if back else borders[0]) :]
+        start = _next_start(data, ends, end, overlap)
+        data = data[start:]
+        ends = [place - start for place in ends if place > start]
 
 
-def _piece(tokenizer: Tokenizer, window: list[tuple[int, bytes]], borders: list[int], size: int) -> tuple[str, int]:
-    """The longest piece from the window's start that fits, and the border where it ends."""
-    for end in reversed([border for border in borders if border <= size]):
-        text = b"".join(data for _, data in window[:end]).decode("utf-8", errors="replace")
-        if len(tokenizer.encode(text)) <= size:
-            return text, end
-    return b"".join(data for _, data in window[: borders[0]]).decode("utf-8", errors="replace"), borders[0]
+def _piece_end(tokenizer: Tokenizer, data: bytes, ends: list[int], size: int) -> int:
+    """Where the longest piece ends that begins the data and is at most ``size`` tokens when encoded by itself."""
+    end = _character_start(data, ends[min(size, len(ends)) - 1])
+    while end > 0 and len(tokenizer.encode(data[:end].decode("utf-8", errors="replace"))) > size:
+        end = _character_start(data, end - 1)
+    return end or _first_character_end(data)
 
 
-def _continues(data: bytes) -> bool:
-    """Whether a token begins within a character."""
-    return bool(data) and data[0] & 0xC0 == 0x80
+def _next_start(data: bytes, ends: list[int], end: int, overlap: int) -> int:
+    """Where the next piece begins: ``overlap`` whole tokens before ``end``, but past the first character."""
+    if overlap == 0:
+        return end
+    first = bisect_right(ends, end) - overlap
+    start = _character_start(data, ends[first - 1]) if first > 0 else 0
+    return start or _first_character_end(data)
+
+
+def _character_start(data: bytes, place: int) -> int:
+    """The last place up to ``place`` where no character is cut."""
+    while 0 < place < len(data) and data[place] & 0xC0 == 0x80:
+        place -= 1
+    return place
+
+
+def _first_character_end(data: bytes) -> int:
+    place = 1
+    while place < len(data) and data[place] & 0xC0 == 0x80:
+        place += 1
+    return place
 
 
 def whole_characters(data: bytes) -> tuple[int, int]:
