@@ -64,8 +64,8 @@ class LeafCommand(TyperCommand):
 
     def invoke(self, ctx: Any) -> Any:
         common = {param.name: ctx.params.pop(param.name) for param in self._common}
-        # A command with formats of its own is told which by its own option.
-        common.setdefault("format", ctx.params.get("format"))
+        if "format" not in common:  # the command has formats of its own, and checks them itself
+            common.update(format=ctx.params["format"], formats=None)
         ctx.find_object(Output).configure(**common)
         try:
             return super().invoke(ctx)
@@ -118,6 +118,13 @@ def _load(name: str, entry: Entry) -> Any:
     return typer.main.get_command(app)
 
 
+def leaves(name: str, entry: Entry) -> list[Any]:
+    """The commands that a table's entry stands for: itself, or those below it."""
+    if isinstance(entry.target, str):
+        return [_load(name, entry)]
+    return [_load(below, inner) for below, inner in entry.target.items()]
+
+
 def _group(name: str, entries: Mapping[str, Entry]) -> type[LazyGroup]:
     return type("LazyGroup", (LazyGroup,), {"entries": entries, "__doc__": name})
 
@@ -155,24 +162,33 @@ def make_app(*, completion: bool) -> typer.Typer:
         help="A GPT for the terminal: it continues text, counts parameters, and works in pipes.",
         epilog="Completion of commands and options in your shell: gptcli --install-completion",
     )
-    def root(version: bool = typer.Option(False, "--version", is_eager=True, help="Show the version.")) -> None:
-        if version:
-            typer.echo(f"gptcli {__version__}")
-            raise typer.Exit()
+    def root(
+        version: bool = typer.Option(
+            False, "--version", is_eager=True, callback=_show_version, help="Show the version."
+        ),
+    ) -> None:
+        pass
 
     return app
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"gptcli {__version__}")
+        raise typer.Exit()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line (without the program's name); returns the exit code and raises nothing."""
     args = list(sys.argv[1:] if argv is None else argv)
     completion = any("-completion" in arg for arg in args[:1]) or "_GPTCLI_COMPLETE" in os.environ
-    out = Output.standard(json=_wants_json(args))
+    out = Output.standard(json=_wants(args, "--format", "json") or "--json" in _ours(args))
+    out.color = next((choice for choice in ("never", "always") if _wants(args, "--color", choice)), "auto")
     try:
         from gptcli.cli.options import read_settings
 
         command = typer.main.get_command(make_app(completion=completion))
-        settings: dict[str, Any] = {"obj": out, "default_map": read_settings(args)}
+        settings: dict[str, Any] = {"obj": out, "default_map": read_settings()}
         result = command.main(args, prog_name="gptcli", standalone_mode=False, **settings)
         if result == ExitCode.INTERRUPTED:  # what Typer makes of Ctrl-C
             raise KeyboardInterrupt
@@ -210,7 +226,7 @@ def _as_gptcli_error(error: BaseException) -> GptcliError:
     if isinstance(error, GptcliError):
         return error
     if isinstance(error, typer.Abort):
-        return UsageError("given up", "")
+        return UsageError("given up", "run it again")
     if isinstance(error, typer.TyperException):  # wrong options and values
         context = getattr(error, "ctx", None)
         path = context.command_path if context else "gptcli"
@@ -229,13 +245,18 @@ def _as_gptcli_error(error: BaseException) -> GptcliError:
 
 def _allocation_failed(error: BaseException) -> bool:
     """PyTorch's CPU allocator raises a plain RuntimeError."""
-    return isinstance(error, RuntimeError) and "not enough memory" in str(error)
+    said = str(error)
+    return isinstance(error, RuntimeError) and ("not enough memory" in said or "can't allocate memory" in said)
 
 
-def _wants_json(args: Sequence[str]) -> bool:
-    """Whether errors, too, shall be JSON: known before the options are parsed, since parsing may fail."""
-    ours = list(args[: args.index("--")] if "--" in args else args)
-    return "--json" in ours or "--format=json" in ours or ("--format", "json") in pairwise(ours)
+def _ours(args: Sequence[str]) -> Sequence[str]:
+    return args[: args.index("--")] if "--" in args else args
+
+
+def _wants(args: Sequence[str], name: str, value: str) -> bool:
+    """Whether an option has a value: needed before the options are parsed, since errors in them obey it, too."""
+    ours = _ours(args)
+    return f"{name}={value}" in ours or (name, value) in pairwise(ours)
 
 
 def run() -> None:

@@ -14,6 +14,7 @@ from gptcli.cli import options
 from gptcli.cli.out import Output
 from gptcli.errors import GptcliError, NotFoundError, UsageError
 from gptcli.spec.config import ModelConfig, read_config
+from gptcli.spec.library import DEFAULT_MODEL, local_path, resolve
 from gptcli.spec.params import ParamCount
 from gptcli.spec.params import count_params as count
 from gptcli.spec.presets import NAMES, read_preset
@@ -39,8 +40,6 @@ def count_params(
     """
     out: Output = ctx.obj
     options.choice("--format", format or "table", FORMATS)
-    from gptcli.spec.library import DEFAULT_MODEL
-
     for number, name in enumerate(models or [DEFAULT_MODEL]):
         title, config = find_config(name, out)
         report = count(config)
@@ -58,10 +57,9 @@ def find_config(name: str, out: Output) -> tuple[str, ModelConfig]:
     """The title and configuration of what a name stands for; a folder or weight file is checked against its headers."""
     if name in NAMES:
         return name, read_preset(name)
-    path = Path(name).expanduser()
-    if path.is_file():
+    path = local_path(name)
+    if path is not None and path.is_file():
         return str(name), _config_of_file(path, out)
-    from gptcli.spec.library import resolve
     from gptcli.spec.match import match_folder
 
     try:

@@ -118,6 +118,10 @@ def generate(
     from gptcli.core import runtime
     from gptcli.core.generate import Timing
 
+    if unknown := [id_ for id_ in sampling.logit_bias if id_ >= loaded.config.vocab_size]:
+        raise UsageError(
+            f"--logit-bias: there is no token {unknown[0]}", f"{loaded.name} has {loaded.config.vocab_size:,} tokens"
+        )
     common_seed = seed if seed is not None else runtime.draw_seed()
     if seed is None and not out.json and temperature > 0:
         out.note(f"seed {common_seed}")

@@ -55,7 +55,7 @@ def choice(name: str, value: str, choices: Sequence[str]) -> str:
     return value
 
 
-def read_settings(args: Sequence[str]) -> dict[str, Any]:
+def read_settings() -> dict[str, Any]:
     """Defaults from ``config.toml`` in the user's config folder, shaped as the parser takes them.
 
     A key at the top counts for every command, a table ``[generate]`` for that one. Raises UsageError when the file is
@@ -77,21 +77,30 @@ def read_settings(args: Sequence[str]) -> dict[str, Any]:
     from gptcli.cli import COMMANDS
 
     everywhere = {_key(name): value for name, value in raw.items() if not isinstance(value, dict)}
-    unknown = [name for name, value in raw.items() if isinstance(value, dict) and name not in COMMANDS]
-    if unknown:
+    tables = {name: value for name, value in raw.items() if isinstance(value, dict)}
+    if unknown := sorted(tables.keys() - COMMANDS.keys()):
         raise UsageError(f"{file} has a table for {unknown[0]!r}, which is no command", "correct its name")
-    return {name: everywhere | _table(file, name, raw.get(name, {}), args) for name in COMMANDS}
+    if unknown := sorted(everywhere.keys() - set().union(*map(_option_names, COMMANDS))):
+        raise UsageError(f"{file} sets {unknown[0]!r}, which is no command's option", "correct its name")
+    return {name: _defaults(file, name, everywhere, tables.get(name, {})) for name in COMMANDS}
 
 
-def _table(file: Path, command: str, table: dict[str, Any], args: Sequence[str]) -> dict[str, Any]:
-    values = {_key(name): value for name, value in table.items()}
-    if values and command in args[:1]:
-        from gptcli.cli import COMMANDS, _load
+def _defaults(file: Path, command: str, everywhere: dict[str, Any], table: dict[str, Any]) -> dict[str, Any]:
+    """One command's defaults; for a group, those of each command below it."""
+    from gptcli.cli import COMMANDS
 
-        known = {param.name for param in getattr(_load(command, COMMANDS[command]), "params", [])}
-        if unknown := sorted(values.keys() - known):
-            raise UsageError(f"{file}: [{command}] has no option {unknown[0]!r}", f"gptcli {command} --help lists them")
-    return values
+    own = {_key(name): value for name, value in table.items()}
+    if unknown := sorted(own.keys() - _option_names(command)):
+        raise UsageError(f"{file}: [{command}] has no option {unknown[0]!r}", f"gptcli {command} --help lists them")
+    values = everywhere | own
+    target = COMMANDS[command].target
+    return values if isinstance(target, str) else dict.fromkeys(target, values)
+
+
+def _option_names(command: str) -> set[str]:
+    from gptcli.cli import COMMANDS, leaves
+
+    return {param.name for leaf in leaves(command, COMMANDS[command]) for param in leaf.params}
 
 
 def _key(name: str) -> str:

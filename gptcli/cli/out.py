@@ -48,14 +48,24 @@ class Output:
         return cls(*streams, json=json)
 
     def configure(
-        self, *, json_: bool = False, format: str | None = None, quiet: bool = False, verbose: bool = False, color: str
+        self,
+        *,
+        json_: bool = False,
+        format: str | None = None,
+        formats: Sequence[str] | None = ("text", "json"),
+        quiet: bool = False,
+        verbose: bool = False,
+        color: str,
     ) -> None:
-        """Take in the options that every command has. Raises UsageError when they contradict each other."""
+        """Take in the options that every command has; ``formats`` None leaves the format's check to the command.
+
+        Raises UsageError when they contradict each other.
+        """
         if json_ and format not in (None, "json"):
             raise UsageError(f"--json and --format {format} contradict each other", "give one of them")
         if color not in ("auto", "always", "never"):
             raise UsageError(f"--color {color!r} is not a choice", "use auto, always or never")
-        if format not in (None, "text", "json", "table", "csv", "markdown"):
+        if formats is not None and format is not None and format not in formats:
             raise UsageError(f"--format {format!r} is not a choice", "use text or json")
         self.json = json_ or format == "json"
         self.quiet, self.verbose, self.color = quiet, verbose, color

@@ -61,7 +61,7 @@ def tokenize(
     options.choice("--errors", errors, ERRORS)
     options.choice("--special", special, ("text", "parse"))
     options.choice("--keep", keep, ("head", "tail", "middle"))
-    _check(count, ids, pieces, decode, truncate, split, overlap, max_, model, encoding, pull, offline)
+    _check(count, ids, pieces, decode, truncate, split, overlap, null, max_, model, encoding, pull, offline)
     tokenizer = _open(model, encoding, pull, out)
     arguments, named = _files_to_count(texts or [], count)
     found = sources(arguments, [*(file or []), *named], no_stdin=no_stdin, strip=strip)
@@ -73,7 +73,7 @@ def tokenize(
     elif truncate is not None:
         work.truncate(found, truncate, keep, lines)
     elif split is not None:
-        work.split(found, split, overlap, null)
+        work.split(found, split, overlap, null, lines)
     else:
         work.show(found, lines, ids, pieces)
 
@@ -86,6 +86,7 @@ def _check(
     truncate: int | None,
     split: int | None,
     overlap: int,
+    null: bool,
     max_: int | None,
     model: str | None,
     encoding: str | None,
@@ -112,6 +113,8 @@ def _check(
             raise UsageError(f"{name} {value} is out of range", f"it should be {least} or more")
     if not 0 <= overlap < (split or 1):
         raise UsageError(f"--overlap {overlap} is out of range", "it should be less than --split")
+    if null and split is None:
+        raise UsageError("-0 ends the pieces of --split, and there is none", "add --split N")
 
 
 def _open(model: str | None, encoding: str | None, pull: bool, out: Output) -> Tokenizer:
@@ -156,9 +159,12 @@ class _Work:
         held: list[int] = []
         for group in groups:
             held += group
-            if len(held) > self.most:
-                raise LimitError(f"there are more than {self.most:,} tokens", "shorten the text, or raise --max")
+            self._check_most(len(held))
         yield held
+
+    def _check_most(self, count: int) -> None:
+        if self.most is not None and count > self.most:
+            raise LimitError(f"there are more than {self.most:,} tokens", "shorten the text, or raise --max")
 
     def documents(self, found: Sequence[Source], lines: bool) -> Iterator[Iterable[str]]:
         """The documents' chunks: each source, or each of its lines."""
@@ -211,6 +217,7 @@ class _Work:
     def decode(self, found: Sequence[Source]) -> None:
         for source in found:
             ids = _parse_ids(source, self.errors)
+            self._check_most(len(ids))
             if self.out.json:
                 text = self.tokenizer.decode(ids)
                 self.out.record(self._counted(len(ids)) | {"ids": ids, "text": text})
@@ -224,20 +231,20 @@ class _Work:
         from gptcli.text.cut import truncate
 
         for chunks in self.documents(found, lines):
-            text = truncate(self.tokenizer, chain.from_iterable(self.ids(chunks)), size, keep)
+            text = truncate(self.tokenizer, chain.from_iterable(self.ids(chunks)), size, keep, special=self.special)
             if self.out.json:
                 self.out.record(self._counted(len(self.tokenizer.encode(text, special=self.special))) | {"text": text})
             else:
                 self.out.text(text + "\n" if lines else text)
         self.out.end_line()
 
-    def split(self, found: Sequence[Source], size: int, overlap: int, null: bool) -> None:
+    def split(self, found: Sequence[Source], size: int, overlap: int, null: bool, lines: bool) -> None:
         from gptcli.text.cut import split
 
-        for source in found:
-            every = chain.from_iterable(self.ids(source.chunks(self.errors)))
-            for index, text in enumerate(split(self.tokenizer, every, size, overlap)):
-                number = len(self.tokenizer.encode(text))
+        for chunks in self.documents(found, lines):
+            every = chain.from_iterable(self.ids(chunks))
+            for index, text in enumerate(split(self.tokenizer, every, size, overlap, special=self.special)):
+                number = len(self.tokenizer.encode(text, special=self.special))
                 if number > size:
                     self.out.note(f"one character is {number} tokens, more than {size}; it was kept whole")
                 if self.out.json:
@@ -254,6 +261,8 @@ class _Work:
 
     def _write_json(self, groups: Iterable[list[int]]) -> None:
         """One object, written as it comes: a text may be larger than memory."""
+        groups = iter(groups)
+        groups = chain([next(groups, [])], groups)  # what is wrong from the start is told before anything is written
         self.out.data(f'{{"tokenizer": {json.dumps(self.tokenizer.name)}, "tokens": [', end="")
         number = 0
         for piece in self._pieces(groups):

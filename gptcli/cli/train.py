@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -37,14 +35,15 @@ def train(
     config: Annotated[
         Path | None, typer.Option("--config", metavar="FILE", help="A config.json to take the size from.")
     ] = None,
-    layers: Annotated[int, typer.Option("--layers", metavar="L", min=1)] = 6,
+    layers: Annotated[int | None, typer.Option("--layers", metavar="L", min=1, help="Default: 6.")] = None,
     heads: Annotated[
         int | None, typer.Option("--heads", metavar="H", min=1, help="Default: one for each 64 of width.")
     ] = None,
-    width: Annotated[int, typer.Option("--width", metavar="C", min=1)] = 256,
+    width: Annotated[int | None, typer.Option("--width", metavar="C", min=1, help="Default: 256.")] = None,
     context: Annotated[
-        int, typer.Option("--context", metavar="T", min=2, help="The most tokens that the model sees.")
-    ] = 512,
+        int | None,
+        typer.Option("--context", metavar="T", min=2, help="The most tokens that the model sees. Default: 512."),
+    ] = None,
     vocab_size: Annotated[
         int | None, typer.Option("--vocab-size", metavar="V", help="Train a tokenizer of this size.")
     ] = None,
@@ -91,6 +90,14 @@ def train(
         raise UsageError("--vocab-size trains a tokenizer, --tokenizer takes one", "give one of them")
     if data.count("-") > 1 or ("-" in data and vocab_size is not None):
         raise UsageError("stdin can be read only once", "put the text into a file")
+    shape = {"--layers": layers, "--heads": heads, "--width": width, "--context": context}
+    sizes = {"--preset": preset, "--config": config, **{name: size for name, size in shape.items() if size}}
+    if len(given := [name for name, size in sizes.items() if size]) > 1 and (preset or config):
+        raise UsageError(f"{given[0]} and {given[1]} both give a size", "give one of them")
+    if seed is not None and not 0 <= seed < 2**63:
+        raise UsageError(f"--seed {seed} is out of range", "it should be from 0 up to 2**63 - 1")
+    if not 0 <= weight_decay < float("inf"):
+        raise UsageError(f"--weight-decay {weight_decay} is out of range", "it should be 0 or more")
     _claim(out, force)
 
     from gptcli.core import runtime
@@ -213,24 +220,23 @@ def _read_corpora(
 def _size(
     preset: str | None,
     config: Path | None,
-    layers: int,
+    layers: int | None,
     heads: int | None,
-    width: int,
-    context: int,
+    width: int | None,
+    context: int | None,
     tokenizer: Tokenizer,
     start_id: int,
 ) -> ModelConfig:
-    """The size to train, with the tokenizer's vocabulary."""
+    """The size to train, with the tokenizer's vocabulary: from one preset or file, or from its four numbers."""
     from dataclasses import replace
 
     from gptcli.spec.config import ModelConfig, read_config
     from gptcli.spec.presets import read_preset
 
-    if preset and config:
-        raise UsageError("--preset and --config both give a size", "give one of them")
     if preset or config:
         base = read_preset(preset) if preset else read_config(config or Path())
     else:
+        layers, width, context = layers or 6, width or 256, context or 512
         heads = heads or max(1, width // 64)
         if width % heads:
             raise UsageError(f"a width of {width} does not divide into {heads} heads", "change --width or --heads")
@@ -258,7 +264,7 @@ def _train_toml(plan: Plan, size: ModelConfig, data: list[str]) -> str:
     """What was asked for, so that it can be read and asked for again."""
     from dataclasses import asdict
 
-    lines = [f"# gptcli {shlex.join(sys.argv[1:])}", f"data = {json.dumps(data)}"]
+    lines = [f"data = {json.dumps(data)}"]
     for name, value in {**asdict(plan), **size.to_dict()}.items():
         if value is not None and name != "dtype":
             lines.append(f"{name} = {json.dumps(str(value).removeprefix('torch.') if name == 'save_dtype' else value)}")

@@ -48,7 +48,7 @@ class KVCache:
         if batch != len(self.lengths):
             raise ValueError(f"{batch} rows of ids for a cache of {len(self.lengths)} rows")
         if longest > self.capacity:
-            raise LimitError(f"{longest} tokens do not fit a cache of {self.capacity}")
+            raise LimitError(f"{longest} tokens do not fit a cache of {self.capacity}", "make a larger cache")
         steps = torch.arange(count, device=ids.device)
         if min(self.lengths) == max(self.lengths):
             self._positions = None

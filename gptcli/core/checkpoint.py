@@ -146,7 +146,8 @@ def _stale_weights(folder: Path, written: set[str]) -> list[Path]:
     """Weight files of an earlier save in another number of shards."""
     if not written & {FILE_NAME, INDEX_NAME}:
         return []
-    old = [*folder.glob("model-*-of-*.safetensors"), folder / FILE_NAME, folder / INDEX_NAME]
+    # The index first: without it the new single file counts, with it the shards that are about to go.
+    old = [folder / INDEX_NAME, *folder.glob("model-*-of-*.safetensors"), folder / FILE_NAME]
     return [file for file in old if file.exists() and file.name not in written]
 
 

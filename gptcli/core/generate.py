@@ -102,9 +102,10 @@ def check_prompt(model: Model, ids: Sequence[int]) -> None:
             f"the prompt is {len(ids):,} tokens, and the context of {model.name} is {model.config.context:,}",
             "shorten it, or let its beginning go with --truncate-prompt left",
         )
-    if ids and max(ids) >= model.config.vocab_size:
+    if ids and not 0 <= min(ids) <= max(ids) < model.config.vocab_size:
+        wrong = max(ids) if min(ids) >= 0 else min(ids)
         raise UsageError(
-            f"token {max(ids)} is outside the vocabulary of {model.config.vocab_size:,}",
+            f"token {wrong} is outside the vocabulary of {model.config.vocab_size:,}",
             "the tokenizer does not belong to this model",
         )
 
@@ -209,7 +210,7 @@ class _Row:
         if finish in ("length", "context"):
             rest, stopped = self._ended()
             text, finish = text + rest, "stop" if stopped else finish
-        return Step(self.index, token, text, chosen, top, finish, self._slide())
+        return Step(self.index, token, text, chosen, top, finish, 0 if finish else self._slide())
 
     def _slide(self) -> int:
         context = self._model.config.context

@@ -7,6 +7,8 @@ and has no axis here is refused by name; every other key is left alone.
 from __future__ import annotations
 
 import json
+import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -56,7 +58,8 @@ class ModelConfig:
             if not 1 <= value <= (_MOST_LAYERS if name == "layers" else _LARGEST_SIZE):
                 raise CorruptError(f"the configuration's {name} is {value}", "check config.json")
         if self.heads % self.kv_heads:
-            raise CorruptError(f"{self.heads} heads can't share {self.kv_heads} key-value heads evenly")
+            message = f"{self.heads} heads can't share {self.kv_heads} key-value heads evenly"
+            raise CorruptError(message, "check config.json")
 
     def to_dict(self) -> dict[str, Any]:
         """The axes by our names, for JSON output."""
@@ -122,7 +125,10 @@ class _Keys:
         return self._typed(names, (int,), default)
 
     def number(self, names: str, default: float) -> float:
-        return float(self._typed(names, (int, float), default))
+        value = self._typed(names, (int, float), default)
+        if not 0 <= value < math.inf or value > sys.float_info.max:
+            raise CorruptError(f"{self.where}: {names.split('|')[0]} is out of range", "check the file")
+        return float(value)
 
     def flag(self, name: str, default: bool) -> bool:
         return bool(self._typed(name, (bool,), default))
@@ -132,7 +138,10 @@ class _Keys:
 
     def ids(self, name: str) -> tuple[int, ...]:
         value = self._typed(name, (int, list), None)
-        return () if value is None else tuple(value) if isinstance(value, list) else (value,)
+        ids = () if value is None else tuple(value) if isinstance(value, list) else (value,)
+        if any(type(id_) is not int for id_ in ids):
+            raise CorruptError(f"{self.where}: {name} is {value!r}, not a list of ids", "check the file")
+        return ids
 
     def activation(self, names: str, default: str) -> Activation:
         name = self.text(names, default)
@@ -204,6 +213,7 @@ def _write_gpt2(config: ModelConfig) -> dict[str, Any]:
 
 
 def _read_gpt1(keys: _Keys) -> ModelConfig:
+    keys.refuse_unless("tie_word_embeddings", True)
     width, heads = keys.integer("n_embd"), keys.integer("n_head")
     return ModelConfig(
         family="openai-gpt",
@@ -216,7 +226,7 @@ def _read_gpt1(keys: _Keys) -> ModelConfig:
         head_dim=_divide(width, heads, keys.where),
         mlp_width=4 * width,
         # What the openai-gpt files call "gelu" is the tanh form.
-        activation=keys.activation("afn", "gelu") if keys.raw.get("afn", "gelu") != "gelu" else "gelu_tanh",
+        activation="gelu_tanh" if keys.text("afn", "gelu") == "gelu" else keys.activation("afn", "gelu"),
         norm_eps=keys.number("layer_norm_epsilon", 1e-5),
         norm_first=False,
         tied=True,
@@ -233,7 +243,7 @@ def _write_gpt1(config: ModelConfig) -> dict[str, Any]:
         "n_embd": config.width,
         "n_layer": config.layers,
         "n_head": config.heads,
-        "afn": "gelu",
+        "afn": "gelu" if config.activation == "gelu_tanh" else config.activation,
         "layer_norm_epsilon": config.norm_eps,
         **_write_common(config),
     }

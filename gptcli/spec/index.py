@@ -20,6 +20,7 @@ INDEX_NAME = "model.safetensors.index.json"
 FILE_NAME = "model.safetensors"
 
 _AGAIN = "download or save the file again"
+_MOST_DIMENSIONS = 16
 _MOST_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
 
 # Bits, since sub-byte types exist; only the first three are types that a model here is computed in.
@@ -57,10 +58,11 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         with file.open("rb") as stream:
             size = os.fstat(stream.fileno()).st_size
             start = stream.read(8)
-            _refuse_other_formats(file, start)
+            length = int.from_bytes(start, "little")
+            if len(start) < 8 or length > min(size - 8, _MOST_HEADER_BYTES):
+                _refuse_other_formats(file, start)
             if len(start) < 8:
                 raise CorruptError(f"{file} has {size} bytes: too short for a safetensors file", _AGAIN)
-            length = int.from_bytes(start, "little")
             if length > min(size - 8, _MOST_HEADER_BYTES):
                 message = f"{file} declares a header of {length:,} bytes, but the file has {size:,}"
                 raise CorruptError(message, f"it is cut short or not a safetensors file: {_AGAIN}")
@@ -108,7 +110,7 @@ def read_index(index: Path) -> dict[str, TensorInfo]:
         raise CorruptError(f"{index} is not an index with a weight_map", _AGAIN) from None
     tensors: dict[str, TensorInfo] = {}
     for shard in dict.fromkeys(files.values()):
-        if Path(shard).name != shard:
+        if Path(shard).name != shard or not shard.isprintable():
             raise CorruptError(f"{index} names {shard!r}, which is not beside it", _AGAIN)
         header = read_header(index.parent / shard)
         promised = {name for name, file in files.items() if file == shard}
@@ -148,11 +150,13 @@ def _only_pickles(folder: Path) -> bool:
 
 def _tensor_info(file: Path, name: str, entry: Any, base: int) -> TensorInfo:
     try:
-        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        numbers = [*shape, begin, end]
+        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        begin, end = offsets
     except (TypeError, KeyError, ValueError):
         raise CorruptError(f"{file}: the entry of {name} lacks dtype, shape or data_offsets", _AGAIN) from None
-    if any(type(number) is not int or not 0 <= number < 2**63 for number in numbers):
+    if not isinstance(shape, list) or not isinstance(offsets, list) or len(shape) > _MOST_DIMENSIONS:
+        raise CorruptError(f"{file}: the shape or offsets of {name} are not sizes in a list", _AGAIN)
+    if any(type(number) is not int or not 0 <= number < 2**63 for number in [*shape, begin, end]):
         raise CorruptError(f"{file}: the shape or offsets of {name} are not sizes", _AGAIN)
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise CorruptError(f"{file}: {name} has the unknown dtype {dtype!r}", _AGAIN)

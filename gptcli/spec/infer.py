@@ -29,7 +29,7 @@ def infer_config(infos: Mapping[str, TensorInfo], where: str) -> ModelConfig:
             "count the folder, or put its config.json beside the file",
         )
     vocab, width = shapes["wte.weight"]
-    heads = width // ASSUMED_HEAD_DIM if width % ASSUMED_HEAD_DIM == 0 else 1
+    heads = width // ASSUMED_HEAD_DIM if width and width % ASSUMED_HEAD_DIM == 0 else 1
     return ModelConfig(
         family="gpt2",
         vocab_size=vocab,

@@ -18,7 +18,7 @@ DEFAULT_MODEL = "fable"
 ALIASES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
 SUMS_NAME = "SHA256SUMS"
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+_HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -51,15 +51,15 @@ def resolve(name: str) -> Found:
     Raises NotFoundError with the nearest names, or with the way to get a Hub model that is not cached.
     """
     shipped = shipped_folder() / name
-    if "/" not in name and name not in (".", "..") and (shipped / "config.json").is_file():
+    if "/" not in name and local_path(str(shipped)) and (shipped / "config.json").is_file() and name not in (".", ".."):
         return Found(name, shipped, "shipped")
-    path = Path(name).expanduser()
-    if path.is_dir():
+    path = local_path(name)
+    if path is not None and path.is_dir():
         if not (path / "config.json").is_file():
             raise NotFoundError(f"the folder {name} holds no config.json", "name a folder in the Hugging Face layout")
         return Found(path.resolve().name, path, "folder")
     hub_id = ALIASES.get(name, name)
-    if _HUB_ID.fullmatch(hub_id) and not path.is_file():
+    if _HUB_ID.fullmatch(hub_id) and path is not None and not path.is_file():
         if snapshot := _snapshot(hub_id):
             return Found(hub_id, snapshot, "cache")
         raise NotFoundError(
@@ -69,6 +69,16 @@ def resolve(name: str) -> Found:
     near = get_close_matches(name, [found.name for found in all_models()] + list(ALIASES), n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     raise NotFoundError(f"there is no model {name!r}", f"{hint}`gptcli models list` shows what is here")
+
+
+def local_path(name: str) -> Path | None:
+    """The path that a name may stand for; None where it can be none: too long, a NUL in it, an unknown ``~user``."""
+    try:
+        path = Path(name).expanduser()
+        path.exists()
+    except (OSError, ValueError, RuntimeError):
+        return None
+    return path
 
 
 def all_models() -> Iterator[Found]:
@@ -111,20 +121,30 @@ def verify_hashes(folder: Path) -> list[str]:
     """
     checked = []
     sums = folder / SUMS_NAME
-    for line in sums.read_text(encoding="utf-8").splitlines() if sums.is_file() else ():
-        digest, separator, name = line.partition("  ")
-        if not separator or Path(name).name != name:
+    for line in _lines(sums) if sums.is_file() else ():
+        found = re.fullmatch(r"([0-9a-f]{64})(?:  | \*)(.+)", line)
+        if not found or Path(found[2]).name != found[2]:
             raise CorruptError(f"{sums} has the line {line!r}", "it should be the output of sha256sum")
+        digest, name = found[1], found[2]
         if not (folder / name).is_file():
             raise CheckError(f"{name} is missing", "download the model again")
         _compare(name, sha256(folder / name), digest)
         checked.append(name)
     for file in sorted(folder.iterdir()):
         blob = file.resolve().name if file.is_symlink() else ""
-        if file.name not in checked and file.exists() and re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", blob):
+        if file.is_symlink() and not file.exists():
+            raise CheckError(f"{file.name} is missing", "download the model again")
+        if file.name not in checked and re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", blob):
             _compare(file.name, sha256(file) if len(blob) == 64 else _git_sha1(file), blob)
             checked.append(file.name)
     return checked
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        return file.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise CorruptError(f"{file} can't be read: {error}", "get it again") from None
 
 
 def sha256(file: Path) -> str:

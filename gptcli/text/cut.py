@@ -11,10 +11,11 @@ from itertools import islice
 from gptcli.text.tokenizer import Tokenizer
 
 
-def truncate(tokenizer: Tokenizer, ids: Iterable[int], size: int, keep: str) -> str:
+def truncate(tokenizer: Tokenizer, ids: Iterable[int], size: int, keep: str, *, special: bool = False) -> str:
     """The text of at most ``size`` of the tokens: the ``head``, the ``tail`` or the ``middle``.
 
-    What comes out is again at most ``size`` tokens when it is encoded by itself. A head reads no more than it needs.
+    What comes out is again at most ``size`` tokens when it is encoded by itself, with ``special`` as in
+    ``Tokenizer.encode``. A head reads no more than it needs.
     """
     if keep == "head":
         kept = list(islice(ids, size + 1))
@@ -30,12 +31,14 @@ def truncate(tokenizer: Tokenizer, ids: Iterable[int], size: int, keep: str) -> 
         data = tokenizer.decode_bytes(kept)
         start, end = (0, len(data)) if whole else whole_characters(data)
         text = data[start:end].decode("utf-8", errors="replace")
-        if whole or not kept or len(tokenizer.encode(text)) <= size:
+        if whole or not kept or len(tokenizer.encode(text, special=special)) <= size:
             return text
         kept = kept[1:] if keep == "tail" else kept[:-1]
 
 
-def split(tokenizer: Tokenizer, ids: Iterable[int], size: int, overlap: int = 0) -> Iterator[str]:
+def split(
+    tokenizer: Tokenizer, ids: Iterable[int], size: int, overlap: int = 0, *, special: bool = False
+) -> Iterator[str]:
     """The text in pieces of at most ``size`` tokens, each sharing at least ``overlap`` with the one before.
 
     Without overlap the pieces joined are the text. A piece is longer than ``size`` only where a single character is,
@@ -50,7 +53,7 @@ def split(tokenizer: Tokenizer, ids: Iterable[int], size: int, overlap: int = 0)
             ends.append(len(data))
         if not data:
             return
-        end = _piece_end(tokenizer, data, ends, size)
+        end = _piece_end(tokenizer, data, ends, size, special)
         yield data[:end].decode("utf-8", errors="replace")
         if end == len(data):
             return
@@ -59,10 +62,10 @@ def split(tokenizer: Tokenizer, ids: Iterable[int], size: int, overlap: int = 0)
         ends = [place - start for place in ends if place > start]
 
 
-def _piece_end(tokenizer: Tokenizer, data: bytes, ends: list[int], size: int) -> int:
+def _piece_end(tokenizer: Tokenizer, data: bytes, ends: list[int], size: int, special: bool) -> int:
     """Where the longest piece ends that begins the data and is at most ``size`` tokens when encoded by itself."""
     end = _character_start(data, ends[min(size, len(ends)) - 1])
-    while end > 0 and len(tokenizer.encode(data[:end].decode("utf-8", errors="replace"))) > size:
+    while end > 0 and len(tokenizer.encode(data[:end].decode("utf-8", errors="replace"), special=special)) > size:
         end = _character_start(data, end - 1)
     return end or _first_character_end(data)
 

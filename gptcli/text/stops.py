@@ -8,8 +8,8 @@ from collections.abc import Sequence
 class Stops:
     """Watches streamed text for any of some strings.
 
-    The text let through, in all, is everything before the first place where a stop begins; of two stops found in one
-    piece the one that begins earlier counts.
+    The text let through, in all, is everything before the stop that is first complete (of several, the one that begins
+    earliest), however the text comes in pieces.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -19,10 +19,10 @@ class Stops:
     def push(self, text: str) -> tuple[str, bool]:
         """``(text that may be shown now, whether a stop was found)``; after a stop nothing more should be pushed."""
         text = self._held + text
-        found = [place for place in (text.find(stop) for stop in self._stops) if place >= 0]
+        found = [(place + len(stop), place) for stop in self._stops if (place := text.find(stop)) >= 0]
         if found:
             self._held = ""
-            return text[: min(found)], True
+            return text[: min(found)[1]], True
         keep = self._unfinished(text)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep], False

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gptcli.errors import NotFoundError
+from gptcli.errors import CorruptError, NotFoundError
 from gptcli.text.vocabulary import Vocabulary, read_vocabulary
 
 if TYPE_CHECKING:
@@ -48,11 +49,12 @@ class Tokenizer:
     def __init__(self, name: str, encoding: tiktoken.Encoding, vocabulary: Vocabulary | None = None) -> None:
         self.name = name
         self._encoding = encoding
-        self._always = frozenset(vocabulary.always) if vocabulary else frozenset[str]()
         self._ids = vocabulary.ids if vocabulary else None  # rank -> id, where they differ
         self._ranks = {id_: rank for rank, id_ in self._ids.items()} if self._ids else None
         self._unmerged = vocabulary.unmerged if vocabulary else {}
         self._special = {text: self._id(rank) for text, rank in encoding._special_tokens.items()}
+        self._all_marks = _alternatives(self._special)
+        self._always_marks = _alternatives(vocabulary.always if vocabulary else ())
         # Where the file says so; None asks the caller to look into config.json.
         self.start_id = vocabulary.start_id if vocabulary else None
         self._streams = _streams(encoding._pat_str) and not any(" " in text or "\n" in text for text in self._special)
@@ -66,12 +68,17 @@ class Tokenizer:
         import tiktoken
 
         vocabulary = read_vocabulary(folder)
-        encoding = tiktoken.Encoding(
-            name=folder.name,
-            pat_str=vocabulary.pattern,
-            mergeable_ranks=vocabulary.ranks,
-            special_tokens=vocabulary.special,
-        )
+        try:
+            encoding = tiktoken.Encoding(
+                name=folder.name,
+                pat_str=vocabulary.pattern,
+                mergeable_ranks=vocabulary.ranks,
+                special_tokens=vocabulary.special,
+            )
+        except ValueError as error:
+            raise CorruptError(
+                f"{folder} splits text by a broken pattern: {error}", "get the tokenizer again"
+            ) from None
         return cls(folder.name, encoding, vocabulary)
 
     @classmethod
@@ -113,12 +120,19 @@ class Tokenizer:
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """The token ids of ``text``; with ``special`` the special tokens written out in it become themselves."""
-        if special:
-            ranks = self._encoding.encode(text, allowed_special="all")
-        elif self._always:
-            ranks = self._encoding.encode(text, allowed_special=set(self._always), disallowed_special=())
-        else:
-            ranks = self._encoding.encode_ordinary(text)
+        marks = self._all_marks if special else self._always_marks
+        if marks is None:
+            return self._encode_plain(text)
+        ids: list[int] = []
+        end = 0
+        for mark in marks.finditer(text):
+            ids += self._encode_plain(text[end : mark.start()])
+            ids.append(self._special[mark[0]])
+            end = mark.end()
+        return ids + self._encode_plain(text[end:])
+
+    def _encode_plain(self, text: str) -> list[int]:
+        ranks = self._encoding.encode_ordinary(text)
         return ranks if self._ids is None else [self._ids[rank] for rank in ranks]
 
     def encode_batch(
@@ -190,6 +204,12 @@ def encoding_names() -> list[str]:
     return sorted(tiktoken.list_encoding_names())
 
 
+def _alternatives(texts: Iterable[str]) -> re.Pattern[str] | None:
+    """What finds any of the texts, the longest where several begin alike; None for no texts."""
+    ordered = sorted(texts, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, ordered))) if ordered else None
+
+
 # Patterns in which a match that began before a space or newline ends there, if a letter or digit stood before it, and
 # in which nothing looks behind: GPT-2's, and OpenAI's and Llama's later ones that are built from the same parts.
 _KNOWN_PARTS = ("\\p{L}", "\\p{N}", "\\s")
@@ -203,7 +223,9 @@ def _safe_cut(text: str) -> int:
     """The last place where ``text`` may be cut, whatever follows, without moving a token border; 0 if there is none.
 
     That is between a letter or digit and a space or newline: the match before ends there with or without the cut (words
-    and numbers hold no white space, and only white space looks ahead), and the next one starts there.
+    and numbers hold no white space, and only white space looks ahead), and the next one starts there. Without such a
+    place it is behind a single newline: what follows is neither white space nor ``/``, which some patterns take
+    along with line ends.
     """
     for blank in (" ", "\n"):
         place = text.rfind(blank, 1)
@@ -213,6 +235,13 @@ def _safe_cut(text: str) -> int:
             if text[place - 1].isalpha() or text[place - 1].isdecimal():
                 return place
             place = text.rfind(blank, 1, place)
+    place = len(text) - 1
+    for _ in range(1000):
+        place = text.rfind("\n", 1, place)
+        if place < 1:
+            break
+        if not text[place - 1].isspace() and not text[place + 1].isspace() and text[place + 1] != "/":
+            return place + 1
     return 0
 
 

@@ -87,14 +87,18 @@ def _from_tokenizer_json(file: Path) -> Vocabulary:
         for key in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
             if model.get(key):
                 raise UnsupportedError(f"{file} has {key} = {model[key]!r}", "gptcli reads byte-level BPE")
+        for token in raw.get("added_tokens") or []:
+            _check_added(token, file)
         pattern = _pattern(raw.get("pre_tokenizer"), file)
         merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
         added = raw.get("added_tokens") or []
         vocabulary = _build(file, pattern, model["vocab"], merges, {token["content"]: token["id"] for token in added})
         vocabulary.always = tuple(token["content"] for token in added if not token.get("special", True))
-        vocabulary.start_id = _start_id(raw.get("post_processor"), vocabulary)
+        vocabulary.start_id = _start_id(raw.get("post_processor"))
+        if model.get("ignore_merges") and vocabulary.unmerged:
+            raise UnsupportedError(f"{file} has whole words that no merge makes", "use another model")
         return vocabulary
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise CorruptError(f"{file} is not a tokenizer.json: {type(error).__name__} {error}", _AGAIN) from None
 
 
@@ -109,6 +113,14 @@ def _from_vocab_and_merges(folder: Path) -> Vocabulary:
         raise CorruptError(f"{folder}: vocab.json and merges.txt can't be read: {error}", _AGAIN) from None
 
 
+def _check_added(token: Any, file: Path) -> None:
+    if not token["content"]:
+        raise CorruptError(f"{file} has an added token without text", _AGAIN)
+    for key in ("lstrip", "rstrip", "single_word"):
+        if token.get(key):
+            raise UnsupportedError(f"{file}: the token {token['content']!r} has {key}", "use another model")
+
+
 def _pattern(raw: Any, file: Path) -> str:
     """The one regular expression that a pre-tokenizer splits by."""
     steps = raw["pretokenizers"] if raw and raw["type"] == "Sequence" else [raw] if raw else []
@@ -119,7 +131,12 @@ def _pattern(raw: Any, file: Path) -> str:
                 raise UnsupportedError(f"{file} adds a space before every text", "use another model")
             if step.get("use_regex", True):
                 patterns.append(GPT2_PATTERN)
-        elif step["type"] == "Split" and step["behavior"] == "Isolated" and not step.get("invert"):
+        elif (
+            step["type"] == "Split"
+            and "Regex" in step["pattern"]
+            and step["behavior"] == "Isolated"
+            and not step.get("invert")
+        ):
             patterns.append(step["pattern"]["Regex"])
         else:
             raise UnsupportedError(f"{file} has a pre-tokenizer of the kind {step['type']}", "use another model")
@@ -128,7 +145,7 @@ def _pattern(raw: Any, file: Path) -> str:
     return str(patterns[0])
 
 
-def _start_id(raw: Any, vocabulary: Vocabulary) -> int | None:
+def _start_id(raw: Any) -> int | None:
     """The id of the special token that a TemplateProcessing puts before a single text."""
     steps = raw["processors"] if raw and raw["type"] == "Sequence" else [raw] if raw else []
     for step in steps:
@@ -143,8 +160,11 @@ def _build(
 ) -> Vocabulary:
     """A vocabulary from its parts, ranked by the merges' order."""
     tokens = {token: id_ for token, id_ in vocab.items() if token not in added}
-    if any(type(id_) is not int or id_ < 0 for id_ in [*tokens.values(), *added.values()]):
+    every = [*tokens.values(), *added.values()]
+    if any(type(id_) is not int or not 0 <= id_ < 2**31 for id_ in every):
         raise ValueError("an id is not a number from 0 on")
+    if len(set(every)) != len(every):
+        raise ValueError("two tokens have one id")
     made = [left + right for left, right in merges]
     if len(set(made)) != len(made):
         # tiktoken has one rank a token; a token with two pairs would merge by the first of them only.

@@ -12,6 +12,7 @@ import io
 import itertools
 import lzma
 import sys
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,14 +34,27 @@ def read_documents(path: str) -> Iterator[str]:
     The line break on either side of a separator belongs to it. Documents of white space alone are passed over. Raises
     NotFoundError without the file, CorruptError for bytes that are not UTF-8 (with their offset) or a broken archive.
     """
-    rest = ""
+    parts: list[str] = []  # of the document that is being read
     for text in _read_text(path):
-        *whole, rest = (rest + text).split(SEPARATOR)
-        for document in whole:
-            if document.strip():
-                yield document.removeprefix("\n").removesuffix("\n")
-    if rest.strip():
-        yield rest.removeprefix("\n").removesuffix("\n")
+        # A separator may stand across two pieces, so the end of the last one is looked at again.
+        seam = parts.pop() if parts else ""
+        first, *others = (seam + text).split(SEPARATOR)
+        parts += _with_seam(first) if not others else [first]
+        for following in others:
+            yield from _document("".join(parts))
+            parts = [following]
+    yield from _document("".join(parts))
+
+
+def _with_seam(text: str) -> list[str]:
+    """A text in two: what can hold no part of a separator that goes on, and the few characters that can."""
+    place = max(0, len(text) - len(SEPARATOR) + 1)
+    return [text[:place], text[place:]]
+
+
+def _document(text: str) -> Iterator[str]:
+    if text.strip():
+        yield text.removeprefix("\n").removesuffix("\n")
 
 
 def _read_text(path: str) -> Iterator[str]:
@@ -49,14 +63,18 @@ def _read_text(path: str) -> Iterator[str]:
         return
     if Path(path).is_dir():
         raise UsageError(f"{path} is a folder", "name its files")
+    if Path(path).suffix in (".jsonl", ".zst"):
+        raise UsageError(f"{path}: {Path(path).suffix} files are not read yet", "unpack or convert it to plain text")
     openers: dict[str, Any] = {".xz": lzma.open, ".gz": gzip.open}
     try:
         with openers.get(Path(path).suffix, open)(path, "rb") as stream:
             yield from _decode(stream, path)
     except FileNotFoundError:
         raise NotFoundError(f"there is no {path}", "check the path") from None
-    except (lzma.LZMAError, EOFError, gzip.BadGzipFile) as error:
+    except (lzma.LZMAError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise CorruptError(f"{path} can't be unpacked: {error}", "download the file again") from None
+    except OSError as error:
+        raise CorruptError(f"{path} can't be read: {error.strerror}", "check the path and its permissions") from None
 
 
 def _decode(stream: BinaryIO | io.BufferedIOBase, name: str) -> Iterator[str]:

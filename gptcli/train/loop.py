@@ -108,11 +108,11 @@ class _Run:
             "dtype": str(plan.dtype).removeprefix("torch."),
         }
         self.began = time.perf_counter()
-        step = 0
-        while self._progress(step) < 1.0:
+        step, last = 0, False
+        while not last:
             yield self._step(step)
             step += 1
-            last = self._progress(step) >= 1.0
+            last = self._progress(step) >= 1.0  # asked once: by the clock, a later answer may differ
             if self.valid and (last or (plan.eval_every and step % plan.eval_every == 0)):
                 yield self._evaluate(step)
             if last or (plan.save_every and step % plan.save_every == 0):

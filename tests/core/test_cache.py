@@ -179,9 +179,7 @@ def test_over_capacity_is_refused_and_changes_nothing(model: Transformer, length
     with pytest.raises(LimitError, match="8 tokens do not fit a cache of 7"):
         model(some_ids(2, 3, seed=4), cache)
     assert cache.lengths == lengths
-    assert all(
-        torch.equal(a[:, :, :5], b[:, :, :5]) for a, b in zip(before, cache.keys + cache.values, strict=True)
-    )
+    assert all(torch.equal(a[:, :, :5], b[:, :, :5]) for a, b in zip(before, cache.keys + cache.values, strict=True))
     got = model(ids[:, :2], cache)  # and what fits still goes on rightly
     for row, length in enumerate(lengths):
         close(got[row], model(torch.cat([ids[row, :length], ids[row, :2]])[None])[0, length:])

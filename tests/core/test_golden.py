@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from gptcli.core.build import Model, open_model
 from gptcli.core.decode import Decoder
 from gptcli.core.generate import Request, generate
-from gptcli.core.sampling import Sampling
+from gptcli.core.settings import Sampling
 from gptcli.spec.index import INDEX_NAME, read_folder
 from gptcli.text.tokenizer import Tokenizer
 

@@ -14,9 +14,7 @@ from gptcli.core.rope import rotate, rotation
 def complex_twin(x: list[float], position: int, theta: float) -> list[float]:
     """One vector: dimensions i and i + D/2 are a complex number, turned by position * theta ** (-2i / D)."""
     half = len(x) // 2
-    turned = [
-        complex(x[i], x[i + half]) * cmath.exp(1j * position * theta ** (-2 * i / len(x))) for i in range(half)
-    ]
+    turned = [complex(x[i], x[i + half]) * cmath.exp(1j * position * theta ** (-2 * i / len(x))) for i in range(half)]
     return [z.real for z in turned] + [z.imag for z in turned]
 
 

@@ -1,10 +1,10 @@
-"""Make the golden files: tiny random GPT-2 models written by transformers, with the logits and the greedy text it gives.
+"""Make the golden files: tiny random GPT-2 models written by transformers, with its logits and its greedy text.
 
 Run it with an interpreter that has transformers: ``python tests/data/golden/make.py``. It writes a folder a model:
 
     config.json, model.safetensors (or shards with their index)   as save_pretrained wrote them; ``old`` is rewritten
     logits.safetensors    ids [B, T] int64 and logits [B, T, V] float32
-    greedy.json           a prompt, the ids that follow greedily (200, or to the end of the context), and the smallest gap
+    greedy.json           a prompt, the ids that follow greedily (200, or to the context's end), and the smallest gap
                           between the two best logits on the way
     made.json             the versions that made them
 
