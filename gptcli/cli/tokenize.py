@@ -118,10 +118,11 @@ def _check(
 
 
 def _open(model: str | None, encoding: str | None, pull: bool, out: Output) -> Tokenizer:
+    from gptcli.spec.library import hub_is_offline
     from gptcli.text.tokenizer import Tokenizer
 
     if encoding:
-        return Tokenizer.from_encoding(encoding, download=pull)
+        return Tokenizer.from_encoding(encoding, download=pull and not hub_is_offline())
     from gptcli.cli.opening import find, open_tokenizer
 
     return open_tokenizer(find(model), out)

@@ -45,6 +45,11 @@ def hub_cache() -> Path:
     return Path(home).expanduser() / "hub"
 
 
+def hub_is_offline() -> bool:
+    """Whether ``HF_HUB_OFFLINE`` forbids the network, in the spellings that huggingface_hub takes."""
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
+
+
 def resolve(name: str) -> Found:
     """The folder of a model name; see the contract for what a name may be.
 
