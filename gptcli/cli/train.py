@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from pathlib import Path
@@ -294,7 +295,9 @@ def _follow(said: Output, events: Any, plan: Plan, out: Path) -> None:
     told = time.monotonic()
     with said.progress(columns) as shown:
         task = shown.add_task("train", total=1.0, step="0", loss="-", rate="-")
-        for event in events:
+
+        def show(event: dict[str, Any]) -> None:
+            nonlocal told
             if said.json:
                 said.record(event)
             kind = event["event"]
@@ -312,5 +315,15 @@ def _follow(said: Output, events: Any, plan: Plan, out: Path) -> None:
             elif kind == "done" and not said.json:
                 skipped = f", {event['skipped']} steps skipped" if event["skipped"] else ""
                 said.note(f"{event['tokens']:,} tokens in {event['seconds']:,.0f} s{skipped}")
+
+        try:
+            for event in events:
+                show(event)
+        except KeyboardInterrupt:
+            # If it struck here and not in the loop, the loop has yet to hear of it, and saves.
+            with contextlib.suppress(KeyboardInterrupt, StopIteration):
+                show(events.throw(KeyboardInterrupt()))
+            said.note(f"stopped; what was learnt so far is in {out}")
+            raise
     if not said.json:
         said.data(str(out))

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import torch.nn.functional as F
@@ -54,16 +54,14 @@ def train(
 
     Yields events: ``start``, a ``step`` for each step (loss in nats a token, before the update), ``eval`` (bits per
     byte), ``save``, ``done``. Each is also a line of ``out/metrics.jsonl``. A step whose gradient is not finite is
-    skipped and counted. Closing the iterator leaves the last save.
+    skipped and counted. Closing the iterator leaves the last save; Ctrl-C (within a step, or thrown into
+    it) saves first.
 
     Raises UsageError when the data is too small, OutputError when ``out`` can't be written.
     """
     run = _Run(model, corpus, valid, plan, out, files)
     with (out / "metrics.jsonl").open("w") as metrics:
-        for event in run.events():
-            metrics.write(json.dumps(event) + "\n")
-            metrics.flush()
-            yield event
+        yield from run.events(metrics)
 
 
 class _Run:
@@ -92,7 +90,18 @@ class _Run:
         self.best: float | None = None
         self.began = time.perf_counter()
 
-    def events(self) -> Iterator[Event]:
+    def events(self, metrics: TextIO) -> Iterator[Event]:
+        step = 0
+        try:
+            for event in self._steps():
+                step = event.get("step", 0)
+                yield _told(event, metrics)
+        except KeyboardInterrupt:
+            if step:
+                yield _told(self._save(step), metrics)
+            raise
+
+    def _steps(self) -> Iterator[Event]:
         plan, config = self.plan, self.model.config
         yield {
             "event": "start",
@@ -116,8 +125,7 @@ class _Run:
             if self.valid and (last or (plan.eval_every and step % plan.eval_every == 0)):
                 yield self._evaluate(step)
             if last or (plan.save_every and step % plan.save_every == 0):
-                save_folder(self.model, self.out, dtype=plan.save_dtype, files=self.files)
-                yield {"event": "save", "step": step, "path": str(self.out)}
+                yield self._save(step)
         yield {
             "event": "done",
             "step": step,
@@ -126,6 +134,10 @@ class _Run:
             "skipped": self.skipped,
             "bits_per_byte": self.best,
         }
+
+    def _save(self, step: int) -> Event:
+        save_folder(self.model, self.out, dtype=self.plan.save_dtype, files=self.files)
+        return {"event": "save", "step": step, "path": str(self.out)}
 
     def _progress(self, step: int) -> float:
         if self.plan.steps is not None:
@@ -205,6 +217,12 @@ def corpus_nats(loss: Any, corpus: Corpus, context: int, rows: int, device: torc
     if len(rest) > 1:
         total += loss(rest[None, :-1].to(device), rest[None, 1:].to(device)).item()
     return total, len(stream) - 1
+
+
+def _told(event: Event, metrics: TextIO) -> Event:
+    metrics.write(json.dumps(event) + "\n")
+    metrics.flush()
+    return event
 
 
 def _number(value: float) -> float | None:

@@ -20,7 +20,7 @@ from gptcli.errors import UsageError
 from gptcli.spec.config import from_hf
 from gptcli.spec.match import match_folder
 from gptcli.train import loop
-from gptcli.train.data import Corpus
+from gptcli.train.data import Batches, Corpus
 from gptcli.train.loop import Plan, corpus_nats, train
 
 CONTEXT, VOCAB = 8, 24
@@ -282,3 +282,31 @@ def test_corpus_nats_is_the_sum_over_all_tokens_but_the_first(length: int, rows:
     nats, count = corpus_nats(loss_of(one), text, CONTEXT, rows, torch.device("cpu"))
     assert count == length - 1
     assert nats == pytest.approx(total, rel=1e-5)
+
+
+def test_ctrl_c_between_steps_saves_what_was_learnt(tmp_path: Path) -> None:
+    one = model()
+    events = run(tmp_path, one, steps=50)
+    while next(events)["event"] != "step":
+        pass
+    assert events.throw(KeyboardInterrupt())["event"] == "save"
+    with pytest.raises(KeyboardInterrupt):
+        next(events)
+    assert (tmp_path / "model.safetensors").is_file()
+    assert [json.loads(line)["event"] for line in (tmp_path / "metrics.jsonl").open()] == ["start", "step", "save"]
+
+
+def test_ctrl_c_within_a_step_saves_what_was_learnt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(self: Batches, step: int) -> Any:
+        if step == 2:
+            raise KeyboardInterrupt
+        return real(self, step)
+
+    real = Batches.at
+    monkeypatch.setattr(Batches, "at", interrupted)
+    kinds = []
+    with pytest.raises(KeyboardInterrupt):  # noqa: PT012
+        for event in run(tmp_path, steps=50):
+            kinds.append(event["event"])
+    assert kinds == ["start", "step", "step", "save"]
+    assert (tmp_path / "model.safetensors").is_file()
