@@ -25,10 +25,14 @@ def open_tokenizer(found: Found, out: Output) -> Tokenizer:
 
     try:
         return Tokenizer.from_folder(found.folder)
-    except NotFoundError:
+    except NotFoundError as missing:
         if not _speaks_gpt2(found.folder):
             raise
-        tokenizer = Tokenizer.from_encoding("gpt2")
+        try:
+            tokenizer = Tokenizer.from_encoding("gpt2")
+        except NotFoundError:
+            hint = f"{missing.hint}, or set TIKTOKEN_CACHE_DIR to a folder that holds GPT-2's vocabulary"
+            raise NotFoundError(missing.message, hint) from None
         out.note(f"{found.name} has no tokenizer files; its vocabulary has GPT-2's size, so GPT-2's are used")
         return tokenizer
 

@@ -12,6 +12,10 @@ from typing import Any
 
 import pytest
 
+from gptcli.core.build import random_model
+from gptcli.core.checkpoint import save_folder
+from gptcli.core.runtime import DTYPES
+from gptcli.spec.config import from_hf
 from gptcli.text.tokenizer import Tokenizer
 from tests.cli.conftest import Done, Run
 
@@ -478,3 +482,28 @@ def test_a_closed_pipe_is_a_quiet_end(tiny_folder: Path) -> None:
     process.stderr.close()
     assert process.wait(60) in (0, 141)
     assert said == b""
+
+
+def gpt2_sized(folder: Path) -> Path:
+    """A folder with GPT-2's vocabulary size and no tokenizer files."""
+    raw = {"model_type": "gpt2", "vocab_size": 50257, "n_positions": 16, "n_embd": 8, "n_layer": 1, "n_head": 1}
+    save_folder(random_model(from_hf(raw), 0), folder, dtype=DTYPES["float32"])
+    return folder
+
+
+@pytest.mark.skipif(not os.environ.get("TIKTOKEN_CACHE_DIR"), reason="needs tiktoken's vocabularies")
+def test_a_gpt2_folder_without_tokenizer_takes_gpt2s_and_says_so(run: Run, tmp_path: Path) -> None:
+    done = run("generate", "Hello world", "-m", gpt2_sized(tmp_path / "m"), "-n", "2", "--json", "--seed", "1")
+    assert continued(done)["usage"] == {"prompt_tokens": 2, "completion_tokens": 2}
+    assert b"GPT-2's are used" in done.err
+
+
+def test_without_the_vocabulary_it_says_what_to_do(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "none"))
+    import tiktoken.registry
+
+    monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
+    done = run("generate", "Hello", "-m", gpt2_sized(tmp_path / "m"), "-n", "2")
+    assert done.code == 3
+    assert b"has no tokenizer.json" in done.err
+    assert b"TIKTOKEN_CACHE_DIR" in done.err
