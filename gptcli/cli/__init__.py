@@ -63,6 +63,14 @@ class LeafCommand(TyperCommand):
                 param.display_type = lambda ctx: ""  # "list[str]" tells nobody anything
 
     def invoke(self, ctx: Any) -> Any:
+        from gptcli.cli.options import stronger
+
+        # A flag goes before the environment, also where the two are different options for the same thing.
+        typed = stronger(ctx, "format", "json_")
+        if typed == "format":
+            ctx.params["json_"] = False
+        elif typed == "json_":
+            ctx.params["format"] = None
         common = {param.name: ctx.params.pop(param.name) for param in self._common}
         if "format" not in common:  # the command has formats of its own, and checks them itself
             common.update(format=ctx.params["format"], formats=None)

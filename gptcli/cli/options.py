@@ -48,6 +48,14 @@ def common(
     """The options that every command takes; ``Output.configure`` reads them."""
 
 
+def stronger(ctx: Any, first: str, second: str) -> str | None:
+    """Of two options that exclude each other, the one that is typed where the other only comes from the environment or
+    ``config.toml``; None where both or neither are typed.
+    """
+    typed = [getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE" for name in (first, second)]
+    return None if typed[0] == typed[1] else first if typed[0] else second
+
+
 def choice(name: str, value: str, choices: Sequence[str]) -> str:
     """``value`` if it is one of the choices; else a UsageError that lists them."""
     if value not in choices:

@@ -59,6 +59,8 @@ def tokenize(
     """
     out: Output = ctx.obj
     options.choice("--errors", errors, ERRORS)
+    if model and encoding and (typed := options.stronger(ctx, "model", "encoding")):
+        model, encoding = (model, None) if typed == "model" else (None, encoding)
     options.choice("--special", special, ("text", "parse"))
     options.choice("--keep", keep, ("head", "tail", "middle"))
     _check(count, ids, pieces, decode, truncate, split, overlap, null, max_, model, encoding, pull, offline)

@@ -153,3 +153,18 @@ def test_choice() -> None:
     with pytest.raises(UsageError, match="'middle'") as error:
         choice("--keep", "middle", ("head", "tail"))
     assert error.value.hint == "use head, tail"
+
+
+def test_a_flag_beats_another_option_from_the_environment(
+    run: Run, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``-e`` and ``-m`` name the same thing, and so do ``--json`` and ``--format``."""
+    monkeypatch.setenv("GPTCLI_ENCODING", "no-such-encoding")
+    monkeypatch.setenv("GPTCLI_JSON", "1")
+    done = run("tokenize", "--count", "a", "-m", tiny_folder, "--format", "text")
+    assert (done.code, done.out) == (0, b"1\n")
+    monkeypatch.setenv("GPTCLI_FORMAT", "text")
+    monkeypatch.delenv("GPTCLI_JSON")
+    assert run("tokenize", "--count", "a", "-m", tiny_folder, "--json").json["count"] == 1
+    monkeypatch.setenv("GPTCLI_MODEL", str(tiny_folder))
+    assert run("tokenize", "--count", "a").code == 2  # both from the environment: nobody can tell
