@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -87,21 +88,53 @@ def console_commands(text: str) -> list[tuple[str, str]]:
     return found
 
 
-@pytest.mark.parametrize(("command", "output"), console_commands(README))
-def test_readme_is_executed(command: str, output: str, tmp_path: Path) -> None:
-    """Each command ends well; what it shows is what the README shows, but for text that depends on the arithmetic."""
+def run_script(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
     program = f"{shlex.quote(sys.executable)} -m gptcli"
-    script = f'set -o pipefail\ngptcli() {{ {program} "$@"; }}\n{command}'
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        ["bash", "-c", script], capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=300,
+    whole = f'set -e -o pipefail\ngptcli() {{ {program} "$@"; }}\n{script}'
+    return subprocess.run(
+        ["bash", "-c", whole],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        timeout=300,
         stdin=subprocess.DEVNULL,
-    )  # fmt: skip
+    )
+
+
+@pytest.mark.parametrize(("command", "output"), console_commands(README))
+def test_the_tour_is_executed(command: str, output: str, tmp_path: Path) -> None:
+    """Each command ends well; what it shows is what the README shows, but for text that depends on the arithmetic."""
+    done = run_script(command, tmp_path)
     assert done.returncode == 0, done.stderr
     if "generate" in command:
         assert done.stdout.strip()
     elif output.strip():
         assert done.stdout.rstrip().splitlines() == output.rstrip().splitlines()
+
+
+def shell_blocks(text: str) -> list[str]:
+    """The ``sh`` blocks of gptcli's commands; those that install are what .ci/run begins with."""
+    return [block for block in re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL) if "pip install" not in block]
+
+
+@pytest.mark.parametrize("block", shell_blocks(README))
+def test_the_examples_are_executed(block: str, tmp_path: Path, tiny_folder: Path) -> None:
+    """In a folder that holds the files which they name, and with little patience for training."""
+    if "-e gpt2" in block and not os.environ.get("TIKTOKEN_CACHE_DIR"):
+        pytest.skip("needs tiktoken's vocabularies in TIKTOKEN_CACHE_DIR")
+    story = "Once upon a time there was a king who had a daughter. " * 200
+    for name in ("draft.txt", "long.txt", "texts/a.txt", "texts/b.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(story if name != "draft.txt" else "The king had a daughter.")
+    (tmp_path / "prompt.txt").write_text("Once upon a time")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "The king"}\n{"prompt": "The cat", "seed": 3}\n')
+    shutil.copytree(tiny_folder, tmp_path / "path" / "to" / "folder")
+    quick = block.replace("--minutes 30", "--steps 1 --layers 1 --width 16 --context 32 --batch-tokens 64")
+    assert quick == block or "train" in block
+    done = run_script(quick.replace("--vocab-size 4096", "--vocab-size 300"), tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
 
 
 def test_readme_has_the_help(gptcli: Gptcli) -> None:
