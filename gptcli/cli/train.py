@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,11 +26,14 @@ _LINE_EVERY_SECONDS = 10.0
 
 def train(
     ctx: typer.Context,
-    data: Annotated[list[str], typer.Argument(metavar="DATA", help="Text files, .xz or .gz, or - for stdin.")],
+    data: Annotated[
+        list[str], typer.Argument(metavar="DATA", help="Texts, .jsonl, .xz, .gz, .zst, folders, or -.")
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="The model folder to write.")],
     valid: Annotated[
         list[str] | None, typer.Option("--valid", metavar="FILE", help="Text to evaluate on; else 1% of the documents.")
     ] = None,
+    field: Annotated[str, typer.Option("--field", metavar="NAME", help="Where .jsonl lines have their text.")] = "text",
     preset: Annotated[
         str | None, typer.Option("--preset", metavar="NAME", help="A size by name: gpt2, gpt2-medium, ...")
     ] = None,
@@ -103,6 +107,7 @@ def train(
 
     from gptcli.core import runtime
     from gptcli.core.build import random_model
+    from gptcli.train.documents import documents_of
     from gptcli.train.loop import Plan, train
 
     runtime.set_threads(threads)
@@ -114,14 +119,14 @@ def train(
         said.note(f"seed {drawn}")
 
     held_out = 0.0 if valid else 0.01
-    files = _tokenizer_files(said, data, held_out, vocab_size, tokenizer)
+    files = _tokenizer_files(said, documents_of(data, held_out, field=field), vocab_size, tokenizer)
     for name, content in files.items():
         _write(out / name, content)
     from gptcli.text.tokenizer import Tokenizer
 
     words = Tokenizer.from_folder(out)
     start_id = _start_token(words)
-    corpora = _read_corpora(said, data, valid or [], held_out, words, start_id)
+    corpora = _read_corpora(said, data, valid or [], held_out, field, words, start_id)
     size = _size(preset, config, layers, heads, width, context, words, start_id)
     plan = Plan(
         batch_tokens=batch_tokens,
@@ -166,14 +171,14 @@ def _fast_dtype(device: Any) -> str:
 
 
 def _tokenizer_files(
-    said: Output, data: list[str], held_out: float, vocab_size: int | None, tokenizer: str | None
+    said: Output, documents: Iterator[str], vocab_size: int | None, tokenizer: str | None
 ) -> dict[str, bytes]:
     """The tokenizer's files for the model folder: trained now, or another model's."""
     if vocab_size is not None:
-        from gptcli.train.data import documents_of, train_tokenizer
+        from gptcli.train.data import train_tokenizer
 
         said.note(f"training a tokenizer of {vocab_size:,} tokens")
-        return {"tokenizer.json": train_tokenizer(documents_of(data, held_out), vocab_size)}
+        return {"tokenizer.json": train_tokenizer(documents, vocab_size)}
     from gptcli.spec.library import DEFAULT_MODEL, resolve
 
     folder = resolve(tokenizer or DEFAULT_MODEL).folder
@@ -184,7 +189,7 @@ def _tokenizer_files(
 
 
 def _start_token(tokenizer: Tokenizer) -> int:
-    from gptcli.train.data import SEPARATOR
+    from gptcli.train.documents import SEPARATOR
 
     if SEPARATOR not in tokenizer.special_tokens:
         raise UsageError(f"the tokenizer has no {SEPARATOR}", "train one with --vocab-size")
@@ -192,27 +197,35 @@ def _start_token(tokenizer: Tokenizer) -> int:
 
 
 def _read_corpora(
-    said: Output, data: list[str], valid: list[str], held_out: float, tokenizer: Tokenizer, start_id: int
+    said: Output,
+    data: list[str],
+    valid: list[str],
+    held_out: float,
+    field: str,
+    tokenizer: Tokenizer,
+    start_id: int,
 ) -> list[Corpus]:
     """The training corpus, then those to evaluate on."""
-    from gptcli.train.data import documents_of, encode_documents
+    from gptcli.train.data import encode_documents
+    from gptcli.train.documents import documents_of, is_held_out
 
     if "-" in data and held_out:
-        documents = list(documents_of(data))  # stdin comes once, and is wanted twice
-        from gptcli.train.data import is_held_out
-
-        train_part = (document for document in documents if not is_held_out(document, held_out))
-        corpora = [encode_documents("the data", train_part, tokenizer, start_id)]
+        documents = list(documents_of(data, field=field))  # stdin comes once, and is wanted twice
+        train_part: Iterable[str] = (document for document in documents if not is_held_out(document, held_out))
         valid_part = [document for document in documents if is_held_out(document, held_out)]
     else:
-        corpora = [encode_documents("the data", documents_of(data, held_out), tokenizer, start_id)]
-        valid_part = list(documents_of(list(dict.fromkeys(data)), held_out, "valid")) if held_out else []
+        train_part = documents_of(data, held_out, field=field)
+        valid_part = []
+        if held_out:
+            valid_part = list(documents_of(list(dict.fromkeys(data)), held_out, "valid", field=field))
+    corpora = [encode_documents("the data", train_part, tokenizer, start_id)]
     if valid_part:
         corpora.append(encode_documents("held out", valid_part, tokenizer, start_id))
     elif held_out:
         said.warn("no document was held out, so there is no evaluation; name a text with --valid")
     for name in valid:
-        corpora.append(encode_documents(Path(name).name.split(".txt")[0], documents_of([name]), tokenizer, start_id))
+        title = Path(name).name.split(".txt")[0].split(".jsonl")[0]
+        corpora.append(encode_documents(title, documents_of([name], field=field), tokenizer, start_id))
     first = corpora[0]
     said.note(f"{first.documents:,} documents, {first.text_bytes:,} bytes, {len(first.tokens):,} tokens to train on")
     return corpora

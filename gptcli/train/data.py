@@ -1,102 +1,20 @@
-"""Training data: files to documents, documents to one stream of tokens, the stream to batches.
+"""Training data: documents to one stream of tokens, the stream to batches.
 
-Documents are parted by ``<|endoftext|>`` and packed one after the other, each behind the start token. The batch of a
-step is a pure function of (seed, step): nothing to store, nothing to lose.
+Documents are packed one after the other, each behind the start token. The batch of a step is a pure function of
+(seed, step): nothing to store, nothing to lose.
 """
 
 from __future__ import annotations
 
-import gzip
-import hashlib
-import io
-import itertools
-import lzma
-import sys
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
-from gptcli.errors import CorruptError, NotFoundError, UsageError
+from gptcli.errors import UsageError
 from gptcli.text.tokenizer import Tokenizer
-
-SEPARATOR = "<|endoftext|>"
-_READ = 1 << 20
-
-
-def read_documents(path: str) -> Iterator[str]:
-    """The documents of a text file, of one packed as ``.xz`` or ``.gz``, or of stdin (``-``), one at a time.
-
-    The line break on either side of a separator belongs to it. Documents of white space alone are passed over. Raises
-    NotFoundError without the file, CorruptError for bytes that are not UTF-8 (with their offset) or a broken archive.
-    """
-    parts: list[str] = []  # of the document that is being read
-    for text in _read_text(path):
-        # A separator may stand across two pieces, so the end of the last one is looked at again.
-        seam = parts.pop() if parts else ""
-        first, *others = (seam + text).split(SEPARATOR)
-        parts += _with_seam(first) if not others else [first]
-        for following in others:
-            yield from _document("".join(parts))
-            parts = [following]
-    yield from _document("".join(parts))
-
-
-def _with_seam(text: str) -> list[str]:
-    """A text in two: what can hold no part of a separator that goes on, and the few characters that can."""
-    place = max(0, len(text) - len(SEPARATOR) + 1)
-    return [text[:place], text[place:]]
-
-
-def _document(text: str) -> Iterator[str]:
-    if text.strip():
-        yield text.removeprefix("\n").removesuffix("\n")
-
-
-def _read_text(path: str) -> Iterator[str]:
-    if path == "-":
-        yield from _decode(sys.stdin.buffer, "stdin")
-        return
-    if Path(path).is_dir():
-        raise UsageError(f"{path} is a folder", "name its files")
-    if Path(path).suffix in (".jsonl", ".zst"):
-        raise UsageError(f"{path}: {Path(path).suffix} files are not read yet", "unpack or convert it to plain text")
-    openers: dict[str, Any] = {".xz": lzma.open, ".gz": gzip.open}
-    try:
-        with openers.get(Path(path).suffix, open)(path, "rb") as stream:
-            yield from _decode(stream, path)
-    except FileNotFoundError:
-        raise NotFoundError(f"there is no {path}", "check the path") from None
-    except (lzma.LZMAError, EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise CorruptError(f"{path} can't be unpacked: {error}", "download the file again") from None
-    except OSError as error:
-        raise CorruptError(f"{path} can't be read: {error.strerror}", "check the path and its permissions") from None
-
-
-def _decode(stream: BinaryIO | io.BufferedIOBase, name: str) -> Iterator[str]:
-    offset, rest = 0, b""
-    while block := stream.read(_READ):
-        data = rest + block
-        try:
-            text, rest = data.decode("utf-8"), b""
-        except UnicodeDecodeError as error:
-            if error.reason != "unexpected end of data":
-                raise CorruptError(f"{name} is not UTF-8 at byte {offset + error.start}", "convert it first") from None
-            text, rest = data[: error.start].decode("utf-8"), data[error.start :]
-        offset += len(data) - len(rest)
-        yield text
-    if rest:
-        raise CorruptError(f"{name} ends within a character, at byte {offset}", "the file may be cut short")
-
-
-def is_held_out(document: str, fraction: float) -> bool:
-    """Whether a document belongs to the held-out part: by a hash of its text, so the same on every run."""
-    digest = hashlib.sha256(document.encode("utf-8", errors="replace")).digest()
-    return int.from_bytes(digest[:8], "big") < fraction * 2**64
+from gptcli.train.documents import SEPARATOR
 
 
 @dataclass(frozen=True)
@@ -196,9 +114,3 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> bytes:
     trainable.train_from_iterator(documents, trainer)
     text: str = trainable.to_str(pretty=False)
     return text.encode()
-
-
-def documents_of(paths: Sequence[str], held_out: float = 0.0, part: str = "train") -> Iterator[str]:
-    """The documents of several files in turn: those outside the held-out fraction, or those in it."""
-    every = itertools.chain.from_iterable(map(read_documents, paths))
-    return (document for document in every if is_held_out(document, held_out) == (part == "valid"))

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import gzip
-import io
 import json
-import lzma
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from gptcli.errors import CorruptError, NotFoundError, UsageError
+from gptcli.errors import UsageError
 from gptcli.text.tokenizer import Tokenizer
 from gptcli.train import data
 from gptcli.train.data import (
-    SEPARATOR,
     Batches,
-    documents_of,
     encode_documents,
-    is_held_out,
-    read_documents,
     train_tokenizer,
 )
+from gptcli.train.documents import SEPARATOR
 
 TEXT = "aé東🙂"
 
@@ -39,94 +32,6 @@ def read(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int
     size: int = request.param
     monkeypatch.setattr(data, "_READ", size)
     return size
-
-
-# --- Documents
-
-
-@pytest.mark.parametrize(
-    ("content", "documents"),
-    [
-        ("one", ["one"]),
-        (f"one{SEPARATOR}two", ["one", "two"]),
-        (f"one\n{SEPARATOR}\ntwo\n", ["one", "two"]),
-        (f"{SEPARATOR}\none\n{SEPARATOR}\n", ["one"]),
-        (f"one\n\n{SEPARATOR}\n\ntwo", ["one\n", "\ntwo"]),
-        (f" one {SEPARATOR} two ", [" one ", " two "]),
-        (f"one{SEPARATOR}{SEPARATOR}\n \t\n{SEPARATOR}two", ["one", "two"]),
-        ("", []),
-        (SEPARATOR, []),
-        ("<|endoftext", ["<|endoftext"]),
-        (f"<|{SEPARATOR}|>", ["<|", "|>"]),
-        (f"{TEXT}{SEPARATOR}{TEXT * 3}", [TEXT, TEXT * 3]),
-        ("one\r\ntwo", ["one\r\ntwo"]),
-    ],
-)
-def test_documents_are_parted_by_the_separator(tmp_path: Path, read: int, content: str, documents: list[str]) -> None:
-    assert list(read_documents(write(tmp_path, content))) == documents
-
-
-@pytest.mark.parametrize("name", ["text.xz", "text.gz"])
-def test_packed_files_are_unpacked(tmp_path: Path, read: int, name: str) -> None:
-    pack = lzma.compress if name.endswith("xz") else gzip.compress
-    path = write(tmp_path, pack(f"{TEXT}{SEPARATOR}two".encode()), name)
-    assert list(read_documents(path)) == [TEXT, "two"]
-
-
-def test_standard_input_is_read(monkeypatch: pytest.MonkeyPatch, read: int) -> None:
-    stream = io.TextIOWrapper(io.BytesIO(f"{TEXT}{SEPARATOR}two".encode()))
-    monkeypatch.setattr(sys, "stdin", stream)
-    assert list(read_documents("-")) == [TEXT, "two"]
-
-
-@pytest.mark.parametrize(
-    ("content", "offset"),
-    [(b"\xff", 0), (b"abc\xff", 3), (TEXT.encode() + b"\x80", 10), (b"ab\xc3(", 2), (b"a" * 100 + b"\xe6\x9d", 100)],
-)
-def test_bad_bytes_are_named_by_their_offset(tmp_path: Path, read: int, content: bytes, offset: int) -> None:
-    path = write(tmp_path, content)
-    with pytest.raises(CorruptError, match=rf"text\.txt .*at byte {offset}$"):
-        list(read_documents(path))
-
-
-def test_files_that_can_not_be_read(tmp_path: Path) -> None:
-    with pytest.raises(NotFoundError, match="none"):
-        list(read_documents(str(tmp_path / "none")))
-    for name, content in (
-        ("bad.xz", b"not xz"),
-        ("cut.xz", lzma.compress(TEXT.encode())[:-4]),
-        ("bad.gz", b"not gz"),
-        ("cut.gz", gzip.compress(TEXT.encode())[:-4]),
-        ("broken.gz", gzip.compress(TEXT.encode())[:10] + b"\xff" * 30),
-    ):
-        with pytest.raises(CorruptError, match=name):
-            list(read_documents(write(tmp_path, content, name)))
-
-
-# --- The held-out part
-
-
-def test_the_held_out_part_is_the_same_on_every_run_and_disjoint(tmp_path: Path) -> None:
-    documents = [f"document {i}" for i in range(1000)]
-    paths = [
-        write(tmp_path, SEPARATOR.join(documents[:500]), "a"),
-        write(tmp_path, SEPARATOR.join(documents[500:]), "b"),
-    ]
-    train, valid = list(documents_of(paths, 0.1)), list(documents_of(paths, 0.1, "valid"))
-    assert sorted(train + valid) == sorted(documents)
-    assert not set(train) & set(valid)
-    assert 60 < len(valid) < 140
-    # The order of the files moves nothing from one part to the other, nor does a larger fraction take anything away.
-    assert set(documents_of(paths[::-1], 0.1, "valid")) == set(valid)
-    assert set(valid) < set(documents_of(paths, 0.2, "valid"))
-    assert list(documents_of(paths, 0.0)) == documents
-    assert list(documents_of(paths, 0.0, "valid")) == []
-
-
-def test_the_hash_that_decides_is_frozen() -> None:
-    """SHA-256 of the text; a change would mix what was held out into the training of older runs."""
-    assert [i for i in range(300) if is_held_out(f"document {i}", 0.01)] == [21, 80, 116]
-    assert is_held_out("anything", 1.0)
 
 
 # --- Tokens
