@@ -1,6 +1,18 @@
-"""``python -m gptcli``: the same program as the ``gptcli`` command (and what torchrun launches)."""
+"""``gptcli`` and ``python -m gptcli`` (what torchrun launches)."""
 
-from gptcli.cli import run
+import sys
+
+
+def run() -> None:
+    """The console script. Nothing is imported before Ctrl-C is quiet."""
+    try:
+        from gptcli.cli import main
+
+        code = main()
+    except KeyboardInterrupt:
+        code = 130
+    sys.exit(code)
+
 
 if __name__ == "__main__":
     run()

@@ -59,6 +59,8 @@ class LeafCommand(TyperCommand):
             if param.param_type_name == "option" and not param.envvar:
                 param.envvar = "GPTCLI_" + _long_name(param.opts).upper().replace("-", "_")
                 param.show_envvar = False
+                if param.multiple:
+                    param.split_envvar_value = lambda value: [value]  # one value, spaces and all
             elif param.param_type_name == "argument":
                 param.display_type = lambda ctx: ""  # "list[str]" tells nobody anything
 
@@ -196,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from gptcli.cli.options import read_settings
 
         command = typer.main.get_command(make_app(completion=completion))
-        settings: dict[str, Any] = {"obj": out, "default_map": read_settings()}
+        settings: dict[str, Any] = {"obj": out, "default_map": read_settings(args)}
         result = command.main(args, prog_name="gptcli", standalone_mode=False, **settings)
         if result == ExitCode.INTERRUPTED:  # what Typer makes of Ctrl-C
             raise KeyboardInterrupt
@@ -265,8 +267,3 @@ def _wants(args: Sequence[str], name: str, value: str) -> bool:
     """Whether an option has a value: needed before the options are parsed, since errors in them obey it, too."""
     ours = _ours(args)
     return f"{name}={value}" in ours or (name, value) in pairwise(ours)
-
-
-def run() -> None:
-    """The console script."""
-    sys.exit(main())

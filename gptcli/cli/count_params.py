@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from gptcli.cli import options
-from gptcli.cli.out import Output
+from gptcli.cli.out import Output, harmless
 from gptcli.errors import GptcliError, NotFoundError, UsageError
 from gptcli.spec.config import ModelConfig, read_config
 from gptcli.spec.library import DEFAULT_MODEL, local_path, resolve
@@ -29,6 +29,7 @@ def count_params(
         list[str] | None,
         typer.Argument(metavar="MODEL", help="Presets, models, folders, config.json or .safetensors files."),
     ] = None,
+    model: options.Model = None,
     format: Annotated[
         str | None, typer.Option("--format", metavar="|".join(FORMATS), help="How to show it; table by default.")
     ] = None,
@@ -40,7 +41,7 @@ def count_params(
     """
     out: Output = ctx.obj
     options.choice("--format", format or "table", FORMATS)
-    for number, name in enumerate(models or [DEFAULT_MODEL]):
+    for number, name in enumerate(models or [model or DEFAULT_MODEL]):
         title, config = find_config(name, out)
         report = count(config)
         if out.json:
@@ -159,7 +160,7 @@ def _as_table(title: str, report: ParamCount, out: Output) -> str:
     matrices = max(len(row[2]) for row in rows)
     parameters = max(len(f"{value:,}") for value in (report.total, report.matrix_parameters))
     lines = [
-        out.style(title, "bold")
+        out.style(harmless(title), "bold")
         + f"  {config.layers} layers, width {config.width:,}, {config.heads} heads of {config.head_dim}, "
         f"vocabulary {config.vocab_size:,}, context {config.context:,}"
     ]

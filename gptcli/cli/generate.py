@@ -125,8 +125,11 @@ def generate(
     common_seed = seed if seed is not None else runtime.draw_seed()
     if seed is None and not out.json and temperature > 0:
         out.note(f"seed {common_seed}")
+    # What a prompt that is cut leaves free for the answer: what it needs, up to half the context.
+    half = loaded.config.context // 2
+    room = None if truncate_prompt is None else min(max_tokens, half) if max_tokens >= 0 else half
     for prompt in prompts:
-        prompt.prepare(loaded, special=special == "parse", truncate=truncate_prompt is not None, out=out)
+        prompt.prepare(loaded, special=special == "parse", room=room, out=out)
     job = _Job(loaded, sampling, max_tokens, stop or [], ignore_eos, slide, logprobs, Timing())
     runs = [
         _Run(prompt, (prompt.seed if prompt.seed is not None else common_seed) + i)
@@ -150,15 +153,15 @@ class _Prompt:
     seed: int | None = None
     ids: list[int] = field(default_factory=list)
 
-    def prepare(self, model: Model, *, special: bool, truncate: bool, out: Output) -> None:
+    def prepare(self, model: Model, *, special: bool, room: int | None, out: Output) -> None:
+        """Encode the text; past the context its beginning goes, if ``room`` says how much to leave for the answer."""
         from gptcli.core.generate import check_prompt, start_ids
 
         ids = model.tokenizer.encode(self.text, special=special)
         if model.tokenizer.start_id is not None or not ids:
             ids = start_ids(model) + ids
-        # One place stays free for the first new token, or the answer would end with it.
-        most = max(1, model.config.context - 1)
-        if truncate and len(ids) > most:
+        if room is not None and len(ids) > model.config.context:
+            most = max(1, model.config.context - room)
             out.note(f"the first {len(ids) - most:,} of {len(ids):,} prompt tokens were cut off")
             ids = ids[-most:]
         check_prompt(model, ids)
@@ -173,7 +176,7 @@ class _Run:
     seed: int
     text: str = ""
     tokens: list[int] = field(default_factory=list)
-    finish: str = "length"
+    finish: str | None = None  # until it ends; Ctrl-C leaves it so
     logprobs: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -211,19 +214,28 @@ class _Job:
         self.timing.decode_seconds += timing.decode_seconds
         self.timing.decoded_tokens += timing.decoded_tokens
 
+    def groups(self, runs: Sequence[_Run], out: Output) -> Iterator[tuple[int, Sequence[_Run], Timing]]:
+        """Decode all runs, some at a time; yields each group when it is done, or, after Ctrl-C, as far as it came."""
+        from gptcli.core.generate import Timing
+
+        for first in range(0, len(runs), _ROWS_AT_ONCE):
+            group = runs[first : first + _ROWS_AT_ONCE]
+            timing = Timing()
+            try:
+                for step in self.steps(group, timing):
+                    _tell_slide(out, step)
+            except KeyboardInterrupt:
+                yield first, group, timing
+                raise
+            yield first, group, timing
+
     def _choice(self, choice: Choice) -> dict[str, Any]:
         return {"id": choice.id, "text": self.model.tokenizer.decode([choice.id]), "logprob": choice.logprob}
 
 
 def _write_json(out: Output, job: _Job, runs: list[_Run], *, numbered: bool) -> None:
-    """One object a run, in their order; they are decoded some at a time."""
-    from gptcli.core.generate import Timing
-
-    for first in range(0, len(runs), _ROWS_AT_ONCE):
-        group = runs[first : first + _ROWS_AT_ONCE]
-        timing = Timing()
-        for step in job.steps(group, timing):
-            _tell_slide(out, step)
+    """One object a run, in their order."""
+    for first, group, timing in job.groups(runs, out):
         for index, run in enumerate(group, first):
             out.record(_as_json(job, run, timing, index if numbered else None))
 
@@ -260,22 +272,19 @@ def _write_text(out: Output, job: _Job, runs: list[_Run], *, echo: bool, stream:
     from gptcli.core.generate import Timing
 
     if len(runs) == 1:
-        run = runs[0]
         if echo:
-            out.text(run.prompt.text)
-        for step in job.steps(runs, Timing()):
-            _tell_slide(out, step)
-            if stream:
+            out.text(runs[0].prompt.text)
+        if stream:
+            for step in job.steps(runs, Timing()):
+                _tell_slide(out, step)
                 out.text(step.text)
-        if not stream:
-            out.text(run.text)
+        else:
+            for _, group, _ in job.groups(runs, out):
+                out.text(group[0].text)
         out.end_line()
-        _tell_finish(out, run)
+        _tell_finish(out, runs[0])
         return
-    for first in range(0, len(runs), _ROWS_AT_ONCE):
-        group = runs[first : first + _ROWS_AT_ONCE]
-        for step in job.steps(group, Timing()):
-            _tell_slide(out, step)
+    for first, group, _ in job.groups(runs, out):
         for index, run in enumerate(group, first):
             if out.on_terminal:
                 out.data(out.style(f"--- {index} (seed {run.seed})", "bold"))

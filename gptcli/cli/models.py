@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from gptcli.cli.out import Output
+from gptcli.cli import options
+from gptcli.cli.out import Output, harmless
 from gptcli.errors import CheckError, CorruptError, GptcliError, NotFoundError, UnsupportedError
 from gptcli.spec.config import ModelConfig, read_config
 from gptcli.spec.library import DEFAULT_MODEL, Found, all_models, resolve, verify_hashes
 from gptcli.spec.match import match_folder, stored_dtype
 from gptcli.spec.params import count_params
 
-Name = Annotated[str, typer.Argument(metavar="MODEL", help="A shipped model, a folder, or a cached Hub id.")]
+Name = Annotated[
+    str | None, typer.Argument(metavar="MODEL", help="A shipped model, a folder, or a cached Hub id; fable by default.")
+]
 
 
 def list_models(ctx: typer.Context) -> None:
@@ -42,10 +44,10 @@ def list_models(ctx: typer.Context) -> None:
     _columns(out, rows)
 
 
-def show_model(ctx: typer.Context, name: Name = DEFAULT_MODEL) -> None:
+def show_model(ctx: typer.Context, name: Name = None, model: options.Model = None) -> None:
     """Show one model: its shape, size and files."""
     out: Output = ctx.obj
-    found = resolve(name)
+    found = resolve(name or model or DEFAULT_MODEL)
     config = read_config(found.folder)
     dtype = stored_dtype(match_folder(found.folder, config))
     report = count_params(config)
@@ -75,36 +77,36 @@ def show_model(ctx: typer.Context, name: Name = DEFAULT_MODEL) -> None:
         "size": _size(sum(files.values())),
     }
     for label, value in facts.items():
-        out.data(f"{out.style(f'{label:<11}', 'bold')} {value}")
+        out.data(f"{out.style(f'{label:<11}', 'bold')} {harmless(value)}")
     for file, size in files.items():
-        out.data(f"  {file:<32} {_size(size):>9}")
+        out.data(f"  {harmless(file):<32} {_size(size):>9}")
 
 
-def verify_model(ctx: typer.Context, name: Name = DEFAULT_MODEL) -> None:
+def verify_model(ctx: typer.Context, name: Name = None, model: options.Model = None) -> None:
     """Check a model's files against its hashes and headers.
 
     Exit 6 if something does not hold: a hash, a tensor, a shape, the tokenizer's size.
     """
     out: Output = ctx.obj
-    found = resolve(name)
+    found = resolve(name or model or DEFAULT_MODEL)
     hashed = verify_hashes(found.folder)
     try:
         config = read_config(found.folder)
         tensors = match_folder(found.folder, config)
-        _check_tokenizer(found.folder, config)
+        _check_tokenizer(found, config, out)
     except (CorruptError, NotFoundError) as error:
         raise CheckError(error.message, error.hint) from None
     if out.json:
         out.record({"name": found.name, "ok": True, "hashed": hashed, "tensors": len(tensors)})
         return
     hashes = f"{len(hashed)} hashes" if hashed else "no hashes are known"
-    out.data(f"{found.name}: ok ({hashes}, {len(tensors)} tensors)")
+    out.data(f"{harmless(found.name)}: ok ({hashes}, {len(tensors)} tensors)")
 
 
-def _check_tokenizer(folder: Path, config: ModelConfig) -> None:
-    from gptcli.text.tokenizer import Tokenizer
+def _check_tokenizer(found: Found, config: ModelConfig, out: Output) -> None:
+    from gptcli.cli.opening import open_tokenizer
 
-    size = Tokenizer.from_folder(folder).vocab_size
+    size = open_tokenizer(found, out).vocab_size
     if size > config.vocab_size:
         raise CheckError(
             f"the tokenizer has {size:,} tokens, and the model has room for {config.vocab_size:,}",
@@ -130,7 +132,7 @@ def _describe(found: Found) -> dict[str, Any]:
 def _columns(out: Output, rows: Sequence[tuple[str, ...]]) -> None:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for number, row in enumerate(rows):
-        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        line = "  ".join(harmless(cell).ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         out.data(out.style(line, "bold") if number == 0 else line)
 
 

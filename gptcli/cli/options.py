@@ -48,12 +48,16 @@ def common(
     """The options that every command takes; ``Output.configure`` reads them."""
 
 
+_SOURCES = ("DEFAULT", "DEFAULT_MAP", "ENVIRONMENT", "COMMANDLINE")
+
+
 def stronger(ctx: Any, first: str, second: str) -> str | None:
-    """Of two options that exclude each other, the one that is typed where the other only comes from the environment or
-    ``config.toml``; None where both or neither are typed.
+    """Of two options that exclude each other, the one from the stronger source: the command line goes before the
+    environment, that before ``config.toml``; None where both come from the same.
     """
-    typed = [getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE" for name in (first, second)]
-    return None if typed[0] == typed[1] else first if typed[0] else second
+    sources = [getattr(ctx.get_parameter_source(name), "name", "DEFAULT") for name in (first, second)]
+    ranks = [_SOURCES.index(source) if source in _SOURCES else len(_SOURCES) for source in sources]
+    return None if ranks[0] == ranks[1] else first if ranks[0] > ranks[1] else second
 
 
 def choice(name: str, value: str, choices: Sequence[str]) -> str:
@@ -63,15 +67,39 @@ def choice(name: str, value: str, choices: Sequence[str]) -> str:
     return value
 
 
-def read_settings() -> dict[str, Any]:
-    """Defaults from ``config.toml`` in the user's config folder, shaped as the parser takes them.
+def read_settings(args: Sequence[str]) -> dict[str, Any]:
+    """The named command's defaults from ``config.toml`` in the user's config folder, shaped as the parser takes them.
 
-    A key at the top counts for every command, a table ``[generate]`` for that one. Raises UsageError when the file is
-    not TOML or a command's table names an option that is not there.
+    A key at the top counts for every command that has the option, a table ``[generate]`` for that one. Raises
+    UsageError when the file is not TOML, or names an option that is not there. Reads nothing if no command is named.
     """
+    from gptcli.cli import COMMANDS
+
+    command = next((arg for arg in args if not arg.startswith("-")), "")
     file = Path(typer.get_app_dir("gptcli")) / "config.toml"
-    if not file.is_file():
+    if command not in COMMANDS or not file.is_file():
         return {}
+    raw = _read_toml(file)
+    tables = {name: value for name, value in raw.items() if isinstance(value, dict)}
+    if unknown := sorted(tables.keys() - COMMANDS.keys()):
+        raise UsageError(f"{file} has a table for {unknown[0]!r}, which is no command", "correct its name")
+    everywhere = {_key(name): value for name, value in raw.items() if not isinstance(value, dict)}
+    own = {_key(name): value for name, value in tables.get(command, {}).items()}
+    several = _options_of(command)
+    if unknown := sorted(own.keys() - several.keys()):
+        raise UsageError(f"{file}: [{command}] has no option {unknown[0]!r}", f"gptcli {command} --help lists them")
+    others = everywhere.keys() - several.keys()  # other commands', or slips; only then all commands are loaded
+    if unknown := sorted(others - set().union(*map(_options_of, COMMANDS))) if others else []:
+        raise UsageError(f"{file} sets {unknown[0]!r}, which is no command's option", "correct its name")
+    values = {
+        name: [value] if several.get(name) and not isinstance(value, list) else value
+        for name, value in (everywhere | own).items()
+    }
+    target = COMMANDS[command].target
+    return {command: values if isinstance(target, str) else dict.fromkeys(target, values)}
+
+
+def _read_toml(file: Path) -> dict[str, Any]:
     import sys
 
     if sys.version_info >= (3, 11):
@@ -79,36 +107,17 @@ def read_settings() -> dict[str, Any]:
     else:
         import tomli as tomllib
     try:
-        raw = tomllib.loads(file.read_text(encoding="utf-8"))
+        return tomllib.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UsageError(f"{file} can't be read: {error}", "correct it or move it away") from None
-    from gptcli.cli import COMMANDS
-
-    everywhere = {_key(name): value for name, value in raw.items() if not isinstance(value, dict)}
-    tables = {name: value for name, value in raw.items() if isinstance(value, dict)}
-    if unknown := sorted(tables.keys() - COMMANDS.keys()):
-        raise UsageError(f"{file} has a table for {unknown[0]!r}, which is no command", "correct its name")
-    if unknown := sorted(everywhere.keys() - set().union(*map(_option_names, COMMANDS))):
-        raise UsageError(f"{file} sets {unknown[0]!r}, which is no command's option", "correct its name")
-    return {name: _defaults(file, name, everywhere, tables.get(name, {})) for name in COMMANDS}
 
 
-def _defaults(file: Path, command: str, everywhere: dict[str, Any], table: dict[str, Any]) -> dict[str, Any]:
-    """One command's defaults; for a group, those of each command below it."""
-    from gptcli.cli import COMMANDS
-
-    own = {_key(name): value for name, value in table.items()}
-    if unknown := sorted(own.keys() - _option_names(command)):
-        raise UsageError(f"{file}: [{command}] has no option {unknown[0]!r}", f"gptcli {command} --help lists them")
-    values = everywhere | own
-    target = COMMANDS[command].target
-    return values if isinstance(target, str) else dict.fromkeys(target, values)
-
-
-def _option_names(command: str) -> set[str]:
+def _options_of(command: str) -> dict[str, bool]:
+    """The names of a command's options, and whether each may be given several times; of a group, all below it."""
     from gptcli.cli import COMMANDS, leaves
 
-    return {param.name for leaf in leaves(command, COMMANDS[command]) for param in leaf.params}
+    params = [param for leaf in leaves(command, COMMANDS[command]) for param in leaf.params]
+    return {param.name: bool(getattr(param, "multiple", False)) for param in params}
 
 
 def _key(name: str) -> str:

@@ -37,6 +37,7 @@ class Output:
         self.verbose = False
         self.color = "auto"
         self._line_open = False
+        self._display: Console | None = None
 
     @classmethod
     def standard(cls, *, json: bool = False) -> Output:
@@ -145,21 +146,21 @@ class Output:
     def note(self, message: str) -> None:
         """Say something on stderr that a quiet user does without."""
         if not self.quiet:
-            self._say(self.style(f"note: {message}", "dim", stderr=True))
+            self._say(self.style(f"note: {harmless(message)}", "dim", stderr=True))
 
     def detail(self, message: str) -> None:
         """Say something on stderr to who asked for detail."""
         if self.verbose:
-            self._say(self.style(message, "dim", stderr=True))
+            self._say(self.style(harmless(message), "dim", stderr=True))
 
     def stats(self, message: str) -> None:
         """Say on stderr what was asked for by its own option, quiet or not."""
-        self._say(message)
+        self._say(harmless(message))
 
     def warn(self, message: str) -> None:
         """Say on stderr that something is off, though not wrong."""
         if not self.quiet:
-            self._say(f"{self.style('warning:', 'bold', stderr=True)} {message}")
+            self._say(f"{self.style('warning:', 'bold', stderr=True)} {harmless(message)}")
 
     def error(self, error: GptcliError) -> None:
         """Say what happened and what to do, as two lines or as one JSON object."""
@@ -204,9 +205,18 @@ class Output:
             transient=True,
             disable=self.quiet or not self.talks_to_terminal,
         ) as shown:
-            yield shown
+            self._display = None if shown.disable else shown.console
+            try:
+                yield shown
+            finally:
+                self._display = None
 
     def _say(self, line: str) -> None:
+        if self._display is not None:  # above the bar, which is drawn anew
+            from rich.text import Text
+
+            self._display.print(Text.from_ansi(line), soft_wrap=True)
+            return
         with contextlib.suppress(OSError, ValueError):
             self.stderr.write(line + "\n")
             self.stderr.flush()

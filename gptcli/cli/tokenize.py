@@ -65,7 +65,7 @@ def tokenize(
     options.choice("--keep", keep, ("head", "tail", "middle"))
     _check(count, ids, pieces, decode, truncate, split, overlap, null, max_, model, encoding, pull, offline)
     tokenizer = _open(model, encoding, pull, out)
-    arguments, named = _files_to_count(texts or [], count)
+    arguments, named = _files_to_count(texts or [], count, out)
     found = sources(arguments, [*(file or []), *named], no_stdin=no_stdin, strip=strip)
     work = _Work(out, tokenizer, errors, special == "parse", max_)
     if decode:
@@ -130,10 +130,12 @@ def _open(model: str | None, encoding: str | None, pull: bool, out: Output) -> T
     return open_tokenizer(find(model), out)
 
 
-def _files_to_count(texts: Sequence[str], count: bool) -> tuple[list[str], list[Path]]:
+def _files_to_count(texts: Sequence[str], count: bool, out: Output) -> tuple[list[str], list[Path]]:
     """With --count, arguments that name files are those files; raises UsageError when only some do."""
     named = [text for text in texts if text != "-" and _is_file(text)]
     if not count or not named:
+        if count and any(re.fullmatch(r"\S+[./]\S+", text) for text in texts):
+            out.note("there is no such file; the argument itself was counted")
         return list(texts), []
     if other := [text for text in texts if text not in named and text != "-"]:
         raise UsageError(f"{named[0]} is a file and {other[0]!r} is not", "name files with -f")
@@ -330,7 +332,7 @@ def _parse_ids(source: Source, errors: str) -> list[int]:
     for word in words:
         if not word:
             continue
-        if not (word.isascii() and word.isdigit()):
+        if not (word.isascii() and word.isdigit() and len(word) < 20):
             raise CorruptError(f"{source.name}: {word[:40]!r} is not a token id", "ids are whole numbers from 0")
         ids.append(int(word))
     return ids

@@ -26,9 +26,7 @@ _LINE_EVERY_SECONDS = 10.0
 
 def train(
     ctx: typer.Context,
-    data: Annotated[
-        list[str], typer.Argument(metavar="DATA", help="Texts, .jsonl, .xz, .gz, .zst, folders, or -.")
-    ],
+    data: Annotated[list[str], typer.Argument(metavar="DATA", help="Texts, .jsonl, .xz, .gz, .zst, folders, or -.")],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="The model folder to write.")],
     valid: Annotated[
         list[str] | None, typer.Option("--valid", metavar="FILE", help="Text to evaluate on; else 1% of the documents.")
@@ -112,6 +110,8 @@ def train(
 
     runtime.set_threads(threads)
     target = runtime.pick_device(device)
+    if dtype == "float16":
+        raise UsageError("training in float16 needs loss scaling, which is not here", "use bfloat16 or float32")
     kind = runtime.pick_dtype(dtype if dtype != "auto" else _fast_dtype(target), None, target)
     stored = runtime.DTYPES[options.choice("--save-dtype", save_dtype, tuple(runtime.DTYPES))]
     drawn = seed if seed is not None else runtime.draw_seed()
@@ -120,11 +120,7 @@ def train(
 
     held_out = 0.0 if valid else 0.01
     files = _tokenizer_files(said, documents_of(data, held_out, field=field), vocab_size, tokenizer)
-    for name, content in files.items():
-        _write(out / name, content)
-    from gptcli.text.tokenizer import Tokenizer
-
-    words = Tokenizer.from_folder(out)
+    words = _open_tokenizer(files)
     start_id = _start_token(words)
     corpora = _read_corpora(said, data, valid or [], held_out, field, words, start_id)
     size = _size(preset, config, layers, heads, width, context, words, start_id)
@@ -141,7 +137,7 @@ def train(
         save_dtype=stored,
         compile=compile,
     )
-    _write(out / "train.toml", _train_toml(plan, size, data).encode())
+    files["train.toml"] = _train_toml(plan, size, data).encode()
     model = random_model(size, drawn).to(target)
     _follow(said, train(model, corpora[0], corpora[1:], plan, out, files), plan, out)
 
@@ -188,6 +184,18 @@ def _tokenizer_files(
     return {name: (folder / name).read_bytes() for name in names}
 
 
+def _open_tokenizer(files: dict[str, bytes]) -> Tokenizer:
+    """The tokenizer of these files; the model folder is not touched before there is a model to put in."""
+    import tempfile
+
+    from gptcli.text.tokenizer import Tokenizer
+
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in files.items():
+            (Path(folder) / name).write_bytes(content)
+        return Tokenizer.from_folder(Path(folder))
+
+
 def _start_token(tokenizer: Tokenizer) -> int:
     from gptcli.train.documents import SEPARATOR
 
@@ -206,7 +214,7 @@ def _read_corpora(
     start_id: int,
 ) -> list[Corpus]:
     """The training corpus, then those to evaluate on."""
-    from gptcli.train.data import encode_documents
+    from gptcli.train.data import encode_documents, hold_out_end
     from gptcli.train.documents import documents_of, is_held_out
 
     if "-" in data and held_out:
@@ -218,11 +226,17 @@ def _read_corpora(
         valid_part = []
         if held_out:
             valid_part = list(documents_of(list(dict.fromkeys(data)), held_out, "valid", field=field))
-    corpora = [encode_documents("the data", train_part, tokenizer, start_id)]
-    if valid_part:
+    train_part = list(train_part)
+    if valid_part and train_part:
+        corpora = [encode_documents("the data", train_part, tokenizer, start_id)]
         corpora.append(encode_documents("held out", valid_part, tokenizer, start_id))
-    elif held_out:
-        said.warn("no document was held out, so there is no evaluation; name a text with --valid")
+    else:
+        whole = encode_documents("the data", train_part or valid_part, tokenizer, start_id)
+        corpora = hold_out_end(whole, tokenizer) if held_out else [whole]
+        if held_out and len(corpora) > 1:
+            said.note("too few documents to hold one out: the end of the text is held out")
+        elif held_out:
+            said.warn("the text is too short to hold some out, so there is no evaluation; name a text with --valid")
     for name in valid:
         title = Path(name).name.split(".txt")[0].split(".jsonl")[0]
         corpora.append(encode_documents(title, documents_of([name], field=field), tokenizer, start_id))
@@ -284,15 +298,6 @@ def _train_toml(plan: Plan, size: ModelConfig, data: list[str]) -> str:
             lines.append(f"{name} = {json.dumps(str(value).removeprefix('torch.') if name == 'save_dtype' else value)}")
     lines.append(f'dtype = "{str(plan.dtype).removeprefix("torch.")}"')
     return "\n".join(lines) + "\n"
-
-
-def _write(file: Path, content: bytes) -> None:
-    try:
-        file.write_bytes(content)
-    except OSError as error:
-        raise OutputError(
-            f"{file} could not be written: {error.strerror}", "make room, or name another folder"
-        ) from None
 
 
 def _follow(said: Output, events: Any, plan: Plan, out: Path) -> None:

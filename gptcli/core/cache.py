@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from gptcli.errors import LimitError
 from gptcli.spec.config import ModelConfig
+
+# Who sees whom: "causal" where the queries are the whole sequence, None for one query that sees all there is, or a
+# boolean mask [B or 1, 1, T, S] in which True may be seen.
+Mask = Tensor | Literal["causal"] | None
+
+
+def whole_sequence(ids: Tensor) -> tuple[Tensor, Mask]:
+    """Positions ``[1, T]`` and mask of ids ``[B, T]`` that no cache stands before."""
+    return torch.arange(ids.shape[1], device=ids.device)[None], "causal"
 
 
 class KVCache:
@@ -33,13 +43,8 @@ class KVCache:
         self.capacity = capacity
         self._positions: Tensor | None = None  # [B, T] of the tokens that are being added, where rows differ
 
-    @staticmethod
-    def none() -> _NoCache:
-        """What stands in for a cache when the queries are the whole sequence."""
-        return _NoCache()
-
-    def begin(self, ids: Tensor) -> tuple[Tensor, Tensor | str | None]:
-        """The positions ``[B or 1, T]`` of the ids ``[B, T]`` that will now be added, and the mask over S.
+    def begin(self, ids: Tensor) -> tuple[Tensor, Mask]:
+        """The positions ``[B or 1, T]`` of the ids ``[B, T]`` that will now be added, and who sees whom.
 
         Raises LimitError, before anything is computed, when they do not fit.
         """
@@ -73,8 +78,8 @@ class KVCache:
             values[:, :, start:end] = value
         else:
             rows = torch.arange(len(keys), device=keys.device)[:, None]
-            keys[rows, :, self._positions] = key.transpose(1, 2)
-            values[rows, :, self._positions] = value.transpose(1, 2)
+            keys[rows, :, self._positions] = key.transpose(1, 2)  # [B, T, K, D]
+            values[rows, :, self._positions] = value.transpose(1, 2)  # [B, T, K, D]
         return keys[:, :, :end], values[:, :, :end]
 
     def advance(self, count: int) -> None:
@@ -100,8 +105,3 @@ class KVCache:
         self.keys = [keys.index_select(0, index) for keys in self.keys]
         self.values = [values.index_select(0, index) for values in self.values]
         self.lengths = [self.lengths[row] for row in rows]
-
-
-class _NoCache:
-    def begin(self, ids: Tensor) -> tuple[Tensor, Tensor | str | None]:
-        return torch.arange(ids.shape[1], device=ids.device)[None], "causal"

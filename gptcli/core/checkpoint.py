@@ -1,7 +1,7 @@
 """Model folders, read and written: safetensors in, safetensors out, strict both ways on tensors.
 
 Load maps the file and hands each tensor to the model without a copy where the type is right: peak memory is the
-weights once. Save writes beside, syncs, and renames: whatever happens, the old folder or the new one is whole.
+weights once. Save writes beside, syncs, and renames file by file.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from gptcli.spec.index import FILE_NAME, INDEX_NAME
 from gptcli.spec.match import Matched, disk_layout, written_name
 
 SHARD_BYTES = 5_000_000_000
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt")
 
 
 def load_weights(model: Transformer, matched: Matched, *, device: torch.device, dtype: torch.dtype) -> None:
@@ -117,7 +118,8 @@ def _write_weights(model: Transformer, folder: Path, dtype: torch.dtype, shard_b
 def written_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder beside ``folder``; on leaving, its files are synced and renamed into ``folder``.
 
-    A failure leaves ``folder`` as it was and is raised as OutputError.
+    A failure leaves ``folder`` as it was and is raised as OutputError. Each file is replaced whole. A model of the same
+    shape is whole at any moment; a stop between two renames to another shape leaves what loading refuses by name.
     """
     temporary = None
     try:
@@ -128,9 +130,9 @@ def written_folder(folder: Path) -> Iterator[Path]:
         for file in written:
             file.chmod(0o666 & ~_umask())  # some are made readable to their owner alone
             _sync(file)
-        stale = _stale_weights(folder, {file.name for file in written})
-        # The weights go first and the index last: a reader in between finds the old set or the new one.
-        for file in sorted(written, key=lambda file: file.name == INDEX_NAME):
+        stale = _stale(folder, {file.name for file in written})
+        # The weights go first, the index behind its shards, the configuration last.
+        for file in sorted(written, key=lambda file: (file.name == "config.json", file.name == INDEX_NAME)):
             os.replace(file, folder / file.name)
         for file in stale:
             file.unlink(missing_ok=True)
@@ -142,12 +144,14 @@ def written_folder(folder: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _stale_weights(folder: Path, written: set[str]) -> list[Path]:
-    """Weight files of an earlier save in another number of shards."""
+def _stale(folder: Path, written: set[str]) -> list[Path]:
+    """Files of an earlier save that would count before the new: other shards, another kind of tokenizer."""
     if not written & {FILE_NAME, INDEX_NAME}:
         return []
     # The index first: without it the new single file counts, with it the shards that are about to go.
     old = [folder / INDEX_NAME, *folder.glob("model-*-of-*.safetensors"), folder / FILE_NAME]
+    if written & set(_TOKENIZER_FILES):
+        old += [folder / name for name in _TOKENIZER_FILES]
     return [file for file in old if file.exists() and file.name not in written]
 
 

@@ -56,8 +56,8 @@ class Decoder:
         """Add one token ``[B]`` to each row, in a larger cache if need be; the logits ``[B, V]`` of the next."""
         if self.cache is not None and max(self.cache.lengths) >= self.cache.capacity:
             self.cache.grow(2 * self.cache.capacity)
-        logits: Tensor = self.transformer(tokens[:, None], self.cache)
-        return logits[:, -1]
+        logits: Tensor = self.transformer(tokens[:, None], self.cache)  # [B, 1, V]
+        return logits[:, -1]  # [B, V]
 
     def select(self, rows: Sequence[int]) -> None:
         """Go on with these rows only."""

@@ -10,11 +10,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from gptcli.core import runtime
 from gptcli.core.build import Model
 from gptcli.core.decode import Decoder
 from gptcli.core.sampling import History, sample
 from gptcli.core.settings import Sampling
-from gptcli.errors import LimitError, UsageError
+from gptcli.errors import CorruptError, LimitError, UsageError
 from gptcli.text.stops import Stops
 from gptcli.text.stream import TextStream
 
@@ -129,7 +130,8 @@ def generate(
         slide: past the context, keep its last half and go on, instead of finishing.
         timing: filled in.
 
-    Yields Steps in order of time, and of rows within a time. Raises LimitError for a prompt longer than the context.
+    Yields Steps in order of time, and of rows within a time. Raises LimitError for a prompt longer than the context,
+    CorruptError for weights whose logits are not finite.
     """
     for request in requests:
         check_prompt(model, request.prompt)
@@ -142,7 +144,10 @@ def generate(
     start = time.perf_counter()
     decoder = Decoder(model.transformer)
     logits = decoder.prefill([row.window for row in rows], _capacity(model, rows))
+    runtime.synchronize(model.device)
     timing.prefill_seconds += time.perf_counter() - start
+    if not bool(torch.isfinite(logits).all()):
+        raise CorruptError(f"the logits of {model.name} are not finite", "its weights are damaged: get them again")
     history = None
     if sampling.looks_back:
         history = History([row.request.prompt for row in rows], model.config.vocab_size, model.device)
@@ -240,7 +245,7 @@ def _report(logits: Tensor, drawn: Tensor, count: int | None) -> list[tuple[Choi
     if count is None:
         return [(None, ())] * len(drawn)
     logprobs = logits.float().log_softmax(-1)
-    chosen = logprobs.gather(1, drawn[:, None])[:, 0].tolist()
+    chosen = logprobs.gather(1, drawn[:, None])[:, 0].tolist()  # [B]
     best = logprobs.topk(min(count, logprobs.shape[-1]), dim=-1)
     tops = [
         tuple(Choice(id_, value) for id_, value in zip(ids, values, strict=True))

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gptcli.core.cache import KVCache
+from gptcli.core.cache import KVCache, Mask, whole_sequence
 from gptcli.core.rope import Rotation, rotate, rotation
 from gptcli.spec.config import ModelConfig
 
@@ -88,7 +88,7 @@ class Transformer(nn.Module):
 
     def residual_stream(self, ids: Tensor, cache: KVCache | None = None, tap: Tap | None = None) -> Tensor:
         """The vectors ``[B, T, C]`` that leave the last block, before the final norm; arguments as in ``forward``."""
-        positions, mask = (cache or KVCache.none()).begin(ids)
+        positions, mask = whole_sequence(ids) if cache is None else cache.begin(ids)
         stream = self.embedding(ids)
         if tap:
             tap("embedding", stream)
@@ -156,18 +156,15 @@ class Attention(nn.Module):
         if cache is not None:
             key, value = cache.append(layer, key, value)  # [B, K, S, D]
         if tap:
-            pattern = attention_pattern(query, key, mask)
-            tap(f"blocks.{layer}.pattern", pattern)
-            gathered = gather(pattern, value)
-        else:
-            gathered = F.scaled_dot_product_attention(
-                query,
-                key,
-                value,
-                attn_mask=mask if isinstance(mask, Tensor) else None,
-                is_causal=mask == "causal" if not isinstance(mask, Tensor) else False,
-                enable_gqa=query.shape[1] != key.shape[1],
-            )
+            tap(f"blocks.{layer}.pattern", attention_pattern(query, key, mask))
+        gathered = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=mask if isinstance(mask, Tensor) else None,
+            is_causal=isinstance(mask, str),
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
         return self.output(gathered.transpose(1, 2).flatten(2))  # [B, T, C]
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -193,10 +190,6 @@ class MLP(nn.Module):
         return self.down(hidden)
 
 
-# Who sees whom: "causal" (the queries are all there is), None (one query that sees all), or ``[B or 1, 1, T, S]``.
-Mask = Tensor | str | None
-
-
 def attention_pattern(query: Tensor, key: Tensor, mask: Mask) -> Tensor:
     """The slow, readable twin of fused attention, first half: where each query looks.
 
@@ -208,9 +201,9 @@ def attention_pattern(query: Tensor, key: Tensor, mask: Mask) -> Tensor:
     Returns:
         ``[B, H, T, S]`` float32 weights, each row summing to 1. Source: Vaswani et al. 2017, section 3.2.1.
     """
-    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)  # [B, H, S, D]
     scores = query.float() @ key.float().transpose(-2, -1) / math.sqrt(query.shape[-1])
-    if mask == "causal":
+    if isinstance(mask, str):
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     if isinstance(mask, Tensor):
         scores = scores.masked_fill(~mask, -math.inf)
@@ -219,7 +212,7 @@ def attention_pattern(query: Tensor, key: Tensor, mask: Mask) -> Tensor:
 
 def gather(pattern: Tensor, value: Tensor) -> Tensor:
     """Second half: the values ``[B, K, S, D]``, weighted by the pattern ``[B, H, T, S]``; ``[B, H, T, D]``."""
-    value = value.repeat_interleave(pattern.shape[1] // value.shape[1], dim=1)
+    value = value.repeat_interleave(pattern.shape[1] // value.shape[1], dim=1)  # [B, H, S, D]
     return (pattern @ value.float()).to(value.dtype)
 
 

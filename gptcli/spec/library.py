@@ -18,7 +18,7 @@ DEFAULT_MODEL = "fable"
 ALIASES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
 SUMS_NAME = "SHA256SUMS"
 
-_HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
+_HUB_ID = re.compile(r"(\w[\w.-]{0,95}/)?\w[\w.-]{0,95}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -59,14 +59,17 @@ def resolve(name: str) -> Found:
     if "/" not in name and local_path(str(shipped)) and (shipped / "config.json").is_file() and name not in (".", ".."):
         return Found(name, shipped, "shipped")
     path = local_path(name)
-    if path is not None and path.is_dir():
-        if not (path / "config.json").is_file():
-            raise NotFoundError(f"the folder {name} holds no config.json", "name a folder in the Hugging Face layout")
+    if path is not None and (path / "config.json").is_file():
         return Found(path.resolve().name, path, "folder")
     hub_id = ALIASES.get(name, name)
-    if _HUB_ID.fullmatch(hub_id) and path is not None and not path.is_file():
-        if snapshot := _snapshot(hub_id):
-            return Found(hub_id, snapshot, "cache")
+    for cached in (hub_id, name):  # transformers caches what was asked for as gpt2 under that name
+        if _HUB_ID.fullmatch(cached) and (snapshot := _snapshot(cached)):
+            return Found(cached, snapshot, "cache")
+    if path is not None and path.is_dir() and name not in ALIASES:
+        raise NotFoundError(f"the folder {name} holds no config.json", "name a folder in the Hugging Face layout")
+    if name.startswith((".", "/", "~")):
+        raise NotFoundError(f"there is no folder {name}", "check the path; `gptcli models list` shows what is here")
+    if "/" in hub_id and _HUB_ID.fullmatch(hub_id) and path is not None and not path.is_file():
         raise NotFoundError(
             f"{hub_id} is not a folder and not in the Hub cache of this machine",
             f"get it with `hf download {hub_id}`, or see `gptcli models list`",
@@ -95,7 +98,7 @@ def all_models() -> Iterator[Found]:
                 yield Found(folder.name, folder, "shipped")
     cache = hub_cache()
     if cache.is_dir():
-        for repo in sorted(cache.glob("models--*--*")):
+        for repo in sorted(cache.glob("models--*")):
             hub_id = repo.name.removeprefix("models--").replace("--", "/", 1)
             cached = _snapshot(hub_id)
             if cached and any((cached / name).exists() for name in (FILE_NAME, INDEX_NAME)):

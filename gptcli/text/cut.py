@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from array import array
 from bisect import bisect_right
 from collections import deque
@@ -24,9 +25,8 @@ def truncate(tokenizer: Tokenizer, ids: Iterable[int], size: int, keep: str, *, 
         last = deque(ids, maxlen=size + 1)
         whole, kept = len(last) <= size, list(last)[-size:] if size else []
     else:
-        every = array("L", ids)
-        whole, skipped = len(every) <= size, max(0, len(every) - size) // 2
-        kept = list(every[skipped : skipped + size])
+        count, kept = _middle(ids, size)
+        whole = count <= size
     while True:
         data = tokenizer.decode_bytes(kept)
         start, end = (0, len(data)) if whole else whole_characters(data)
@@ -34,6 +34,21 @@ def truncate(tokenizer: Tokenizer, ids: Iterable[int], size: int, keep: str, *, 
         if whole or not kept or len(tokenizer.encode(text, special=special)) <= size:
             return text
         kept = kept[1:] if keep == "tail" else kept[:-1]
+
+
+def _middle(ids: Iterable[int], size: int) -> tuple[int, list[int]]:
+    """How many ids there are, and the ``size`` in their middle; kept on disk until their number is known."""
+    width = array("I").itemsize
+    source = iter(ids)
+    count = 0
+    with tempfile.TemporaryFile() as stream:
+        while block := array("I", islice(source, 1 << 16)):
+            block.tofile(stream)
+            count += len(block)
+        stream.seek(max(0, count - size) // 2 * width)
+        kept = array("I")
+        kept.frombytes(stream.read(size * width))
+    return count, kept.tolist()
 
 
 def split(

@@ -43,6 +43,20 @@ def encode_documents(name: str, documents: Iterable[str], tokenizer: Tokenizer, 
     return Corpus(name, np.concatenate([*pieces, start]), count, size)
 
 
+def hold_out_end(corpus: Corpus, tokenizer: Tokenizer, fraction: float = 0.01, least: int = 256) -> list[Corpus]:
+    """A stream of too few documents in two: what to train on, and its last tokens to evaluate on.
+
+    The end is ``fraction`` of the tokens, but ``least`` of them; alone comes what is too short to give that away.
+    """
+    size = max(least, round(fraction * len(corpus.tokens)))
+    if len(corpus.tokens) < 10 * size:
+        return [corpus]
+    cut = len(corpus.tokens) - size
+    held_bytes = len(tokenizer.decode_bytes(int(id_) for id_ in corpus.tokens[cut + 1 : -1]))
+    rest = Corpus(corpus.name, corpus.tokens[: cut + 1], corpus.documents, corpus.text_bytes - held_bytes)
+    return [rest, Corpus("held out", corpus.tokens[cut:], 1, held_bytes)]
+
+
 def _groups(documents: Iterable[str], characters: int = 1 << 23) -> Iterator[list[str]]:
     """Documents in groups of about so many characters."""
     group: list[str] = []
@@ -98,7 +112,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> bytes:
     except ImportError:
         raise UsageError(
             "training a tokenizer needs the tokenizers library",
-            "pip install 'gptcli[train]', or use an existing one with --tokenizer",
+            "pip install tokenizers, or use an existing one with --tokenizer",
         ) from None
     if vocab_size < 257:
         raise UsageError(f"a vocabulary of {vocab_size} has no room for the 256 bytes and the separator", "use more")

@@ -139,7 +139,7 @@ class _Zstandard:
         try:
             import zstandard
         except ImportError:
-            hint = "pip install 'gptcli[train]', or unpack the file"
+            hint = "pip install zstandard, or unpack the file"
             raise UsageError(f"reading {path} needs the zstandard library", hint) from None
         self._file = open(path, mode)  # noqa: SIM115
         self._new_frame = zstandard.ZstdDecompressor().decompressobj

@@ -211,7 +211,7 @@ def corpus_nats(loss: Any, corpus: Corpus, context: int, rows: int, device: torc
     for first in range(0, whole, rows):
         last = min(first + rows, whole)
         part = stream[first * context : last * context + 1]
-        ids, targets = part[:-1].view(-1, context), part[1:].view(-1, context)
+        ids, targets = part[:-1].view(-1, context), part[1:].view(-1, context)  # [B, T]
         total += loss(ids.to(device), targets.to(device)).item()
     rest = stream[whole * context :]
     if len(rest) > 1:

@@ -353,7 +353,7 @@ def test_a_prompt_past_the_context_is_refused_or_cut_on_the_left(generate: Run, 
     value = continued(cut)
     whole = len(Tokenizer.from_folder(tiny_folder).encode(prompt))
     kept = value["usage"]["prompt_tokens"]
-    assert CONTEXT - 1 <= kept <= CONTEXT
+    assert kept == CONTEXT - 2  # room for the two tokens that are asked for
     assert f"{whole - kept:,}".encode() in cut.err
     assert cut.err.startswith(b"note: ")
     assert len(value["tokens"]) == 2
@@ -363,6 +363,9 @@ def test_a_prompt_past_the_context_is_refused_or_cut_on_the_left(generate: Run, 
     assert Tokenizer.from_folder(tiny_folder).encode(text) == end
     assert continued(generate(text, "-n", "2", "--seed", "1", "--json"))["tokens"] == value["tokens"]
     assert generate(prompt, "--truncate-prompt", "left", "-n", "2", "-q").err == b""
+    for more in ("-1", "1000"):  # however much is asked for, half the context stays the prompt's
+        open_end = continued(generate(prompt, "--truncate-prompt", "left", "-n", more, "--ignore-eos", "--json"))
+        assert open_end["usage"] == {"prompt_tokens": CONTEXT // 2, "completion_tokens": CONTEXT // 2 + 1}
 
 
 def test_a_prompt_that_fills_the_context_is_no_error(generate: Run) -> None:

@@ -145,7 +145,3 @@ def test_drawn_seeds_differ_and_are_below_2_to_the_32() -> None:
     seeds = {runtime.draw_seed() for _ in range(100)}
     assert len(seeds) > 90
     assert all(0 <= seed < 2**32 for seed in seeds)
-
-
-def test_core_count() -> None:
-    assert runtime.core_count() >= 1
