@@ -189,10 +189,6 @@ class Tokenizer:
             yield Piece(id_, data, position, position + len(data))
             position += len(data)
 
-    def is_special(self, id_: int) -> bool:
-        """Whether an id is a special token's, whose text is a mark and not part of the answer."""
-        return id_ in self._special.values()
-
     def _id(self, rank: int) -> int:
         return rank if self._ids is None else self._ids[rank]
 

@@ -66,8 +66,6 @@ def test_end_of_text_is_plain_unless_special(pairs: dict[str, Any]) -> None:
     assert 0 not in ours.encode(f"a{EOT}b")
     assert ours.encode(f"a{EOT}b", special=True) == [*ours.encode("a"), 0, *ours.encode("b")]
     assert ours.decode([0]) == EOT
-    assert ours.is_special(0)
-    assert not ours.is_special(1)
 
 
 def test_permuted_ids_are_really_permuted(pairs: dict[str, Any]) -> None:
@@ -76,7 +74,6 @@ def test_permuted_ids_are_really_permuted(pairs: dict[str, Any]) -> None:
     assert plain.encode("the quick fox") != permuted.encode("the quick fox")
     assert plain.vocab_size == permuted.vocab_size == 700
     assert permuted.special_tokens != {EOT: 0}
-    assert permuted.is_special(permuted.special_tokens[EOT])
     assert [permuted.token_bytes(id_) for id_ in permuted.encode("the fox")] == [
         plain.token_bytes(id_) for id_ in plain.encode("the fox")
     ]
@@ -273,7 +270,6 @@ def test_id_outside_the_vocabulary_is_nothing(pair: Any, id_: int) -> None:
         id_ = pair.ours.vocab_size
     assert pair.ours.token_bytes(id_) == b""
     assert pair.ours.decode([id_]) == ""
-    assert not pair.ours.is_special(id_)
 
 
 @needs_encodings
