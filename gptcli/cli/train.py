@@ -310,12 +310,13 @@ def _follow(said: Output, events: Any, plan: Plan, out: Path) -> None:
         TextColumn("loss {task.fields[loss]}  {task.fields[rate]} tokens/s"),
         TimeRemainingColumn(),
     )
-    told = time.monotonic()
+    told, saved = time.monotonic(), False
     with said.progress(columns) as shown:
         task = shown.add_task("train", total=1.0, step="0", loss="-", rate="-")
 
         def show(event: dict[str, Any]) -> None:
-            nonlocal told
+            nonlocal told, saved
+            saved |= event["event"] == "save"
             if said.json:
                 said.record(event)
             kind = event["event"]
@@ -341,7 +342,7 @@ def _follow(said: Output, events: Any, plan: Plan, out: Path) -> None:
             # If it struck here and not in the loop, the loop has yet to hear of it, and saves.
             with contextlib.suppress(KeyboardInterrupt, StopIteration):
                 show(events.throw(KeyboardInterrupt()))
-            said.note(f"stopped; what was learnt so far is in {out}")
+            said.note(f"stopped; what was learnt so far is in {out}" if saved else "stopped before the first step")
             raise
     if not said.json:
         said.data(str(out))
