@@ -14,24 +14,12 @@ from gptcli.train import data
 from gptcli.train.data import (
     Batches,
     encode_documents,
+    hold_out_end,
     train_tokenizer,
 )
 from gptcli.train.documents import SEPARATOR
 
 TEXT = "aé東🙂"
-
-
-def write(folder: Path, content: str | bytes, name: str = "text.txt") -> str:
-    (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    return str(folder / name)
-
-
-@pytest.fixture(params=[1, 2, 3, 5, 7, 64, 1 << 20])
-def read(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Files are read in pieces of this size."""
-    size: int = request.param
-    monkeypatch.setattr(data, "_READ", size)
-    return size
 
 
 # --- Tokens
@@ -69,6 +57,19 @@ def test_a_large_vocabulary_takes_wider_tokens(tiny_folder: Path, monkeypatch: p
         monkeypatch.setattr(Tokenizer, "vocab_size", size)
         assert encode_documents("x", ["abc"], tokenizer, size - 1).tokens.dtype == kind
         assert encode_documents("x", ["abc"], tokenizer, size - 1).tokens[0] == size - 1
+
+
+def test_the_end_of_a_stream_is_held_out(tiny_folder: Path) -> None:
+    """Every token is trained on or evaluated, the one at the cut seen by both; the bytes add up."""
+    tokenizer = Tokenizer.from_folder(tiny_folder)
+    whole = encode_documents("book", ["Once upon a time there was a king. " * 200], tokenizer, 0)
+    first, last = hold_out_end(whole, tokenizer, least=100)
+    assert len(last.tokens) == 100
+    assert [*first.tokens, *last.tokens[1:]] == list(whole.tokens)
+    assert first.text_bytes + last.text_bytes == whole.text_bytes
+    assert last.text_bytes == len(tokenizer.decode_bytes(last.tokens[1:-1].tolist()))
+    assert len(hold_out_end(whole, tokenizer, fraction=0.09, least=1)[1].tokens) == round(0.09 * len(whole.tokens))
+    assert hold_out_end(whole, tokenizer, least=len(whole.tokens) // 9) == [whole]
 
 
 # --- Batches
