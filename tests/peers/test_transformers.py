@@ -20,6 +20,7 @@ from gptcli.core.model import Transformer
 from gptcli.spec.config import from_hf
 from gptcli.spec.index import FILE_NAME, INDEX_NAME, read_folder
 from gptcli.text.tokenizer import Tokenizer
+from tests.conftest import ROOT
 
 transformers: Any = pytest.importorskip("transformers", reason="compares with transformers: install the extra 'peers'")
 pytestmark = pytest.mark.peer
@@ -204,3 +205,17 @@ def test_a_tokenizer_that_we_trained_gives_equal_ids(tiny_folder: Path, opener: 
         assert ids == ours.encode(text)
         assert theirs.decode(ids, clean_up_tokenization_spaces=False) == ours.decode(ids) == text
     assert theirs.encode("a<|endoftext|>b") == ours.encode("a<|endoftext|>b", special=True)
+
+
+def test_the_shipped_model_is_the_same_model_there() -> None:
+    """``fable`` opens with the Auto classes: equal ids, logits to 1e-4 (measured 2e-5, at logits of size 20)."""
+    folder = ROOT / "weights" / "fable"
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    words = transformers.AutoTokenizer.from_pretrained(folder)
+    ours = open_model(folder, Tokenizer.from_folder(folder), device="cpu", dtype="float32")
+    text = 'Once upon a time, the king\'s daughter said: "Ümlaut 123 👩‍👩‍👧"\n\nEnd  '
+    assert words(text)["input_ids"] == ours.tokenizer.encode(text)
+    assert words.eos_token_id == ours.config.eos_ids[0]
+    ids = torch.tensor([ours.tokenizer.encode(text)])
+    with torch.inference_mode():
+        assert (theirs(ids).logits - ours.transformer(ids)).abs().max() < 1e-4
