@@ -55,7 +55,8 @@ class LeafCommand(TyperCommand):
         own = {param.name for param in self.params}
         self._common = [param for param in _common_params() if param.name not in own]
         self.params += self._common
-        for param in map(_untyped, self.params):
+        params: list[Any] = self.params  # they have attributes that their declared type lacks
+        for param in params:
             if param.param_type_name == "option" and not param.envvar:
                 param.envvar = "GPTCLI_" + _long_name(param.opts).upper().replace("-", "_")
                 param.show_envvar = False
@@ -145,11 +146,6 @@ def _common_params() -> list[Any]:
     app = typer.Typer(**_SETTINGS)
     app.command()(options.common)
     return list(typer.main.get_command(app).params)
-
-
-def _untyped(param: Any) -> Any:
-    """Typer's parameters have attributes that their declared type lacks."""
-    return param
 
 
 def _long_name(names: Sequence[str]) -> str:

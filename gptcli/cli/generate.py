@@ -98,8 +98,7 @@ def generate(
             raise UsageError(f"{name} {value} is out of range", f"it should be {least} or more")
     if logprobs is not None and not (0 <= logprobs <= 100 and out.json):
         raise UsageError(f"--logprobs {logprobs} needs --json and a number up to 100", "add --json")
-    if seed is not None and not 0 <= seed < 2**63:
-        raise UsageError(f"--seed {seed} is out of range", "it should be from 0 up to 2**63 - 1")
+    options.check_seed(seed)
     from gptcli.core.settings import Sampling
 
     penalties = (repetition_penalty, frequency_penalty, presence_penalty)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gptcli.cli.out import Output
-from gptcli.errors import NotFoundError, UsageError
+from gptcli.errors import NotFoundError
 from gptcli.spec.library import DEFAULT_MODEL, Found, resolve
 
 if TYPE_CHECKING:
@@ -50,8 +50,6 @@ def open_for_inference(
     """Find and load a model; the tokenizer loads while torch is imported."""
     from concurrent.futures import ThreadPoolExecutor
 
-    if threads is not None and threads < 1:
-        raise UsageError(f"--threads {threads} is less than 1", "give at least 1")
     found = find(name)
     with ThreadPoolExecutor(1) as pool:
         tokenizer = pool.submit(open_tokenizer, found, out)

@@ -38,7 +38,7 @@ Dtype = Annotated[str, typer.Option("--dtype", metavar="DTYPE", help="auto, floa
 Seed = Annotated[
     int | None, typer.Option("--seed", metavar="N", help="Same seed, same text; drawn and told if not set.")
 ]
-Threads = Annotated[int | None, typer.Option("--threads", metavar="N", help="CPU threads to use.")]
+Threads = Annotated[int | None, typer.Option("--threads", metavar="N", min=1, help="CPU threads to use.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Never use the network.")]
 
 
@@ -58,6 +58,12 @@ def stronger(ctx: Any, first: str, second: str) -> str | None:
     sources = [getattr(ctx.get_parameter_source(name), "name", "DEFAULT") for name in (first, second)]
     ranks = [_SOURCES.index(source) if source in _SOURCES else len(_SOURCES) for source in sources]
     return None if ranks[0] == ranks[1] else first if ranks[0] > ranks[1] else second
+
+
+def check_seed(seed: int | None) -> None:
+    """Raise UsageError for a seed that the noise, or torch's generator, does not take."""
+    if seed is not None and not 0 <= seed < 2**63:
+        raise UsageError(f"--seed {seed} is out of range", "it should be from 0 up to 2**63 - 1")
 
 
 def choice(name: str, value: str, choices: Sequence[str]) -> str:

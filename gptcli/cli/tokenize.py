@@ -309,20 +309,11 @@ def _whole_pieces(pieces: Sequence[Piece]) -> Iterator[str]:
 
 def _visible(data: bytes) -> str:
     """Token bytes on one line: text where they are text, backslash escapes for line ends and halves of characters."""
-    text = data.decode("utf-8", errors="backslashreplace") if not _is_utf8(data) else _escape(data.decode("utf-8"))
-    return harmless(text).replace("\n", "\\n").replace("\t", "\\t")
-
-
-def _escape(text: str) -> str:
-    return text.replace("\\", "\\\\")
-
-
-def _is_utf8(data: bytes) -> bool:
     try:
-        data.decode("utf-8")
+        text = data.decode("utf-8").replace("\\", "\\\\")
     except UnicodeDecodeError:
-        return False
-    return True
+        text = data.decode("utf-8", errors="backslashreplace")
+    return harmless(text).replace("\n", "\\n").replace("\t", "\\t")
 
 
 def _parse_ids(source: Source, errors: str) -> list[int]:

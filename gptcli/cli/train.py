@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +14,7 @@ import typer
 from gptcli.cli import options
 from gptcli.cli.out import Output
 from gptcli.errors import NotFoundError, OutputError, UsageError
+from gptcli.spec.config import DTYPES
 
 if TYPE_CHECKING:
     from gptcli.spec.config import ModelConfig
@@ -97,8 +98,10 @@ def train(
     sizes = {"--preset": preset, "--config": config, **{name: size for name, size in shape.items() if size}}
     if len(given := [name for name, size in sizes.items() if size]) > 1 and (preset or config):
         raise UsageError(f"{given[0]} and {given[1]} both give a size", "give one of them")
-    if seed is not None and not 0 <= seed < 2**63:
-        raise UsageError(f"--seed {seed} is out of range", "it should be from 0 up to 2**63 - 1")
+    options.check_seed(seed)
+    options.choice("--save-dtype", save_dtype, DTYPES)
+    if dtype == "float16":
+        raise UsageError("training in float16 needs loss scaling, which is not here", "use bfloat16 or float32")
     if not 0 <= weight_decay < float("inf"):
         raise UsageError(f"--weight-decay {weight_decay} is out of range", "it should be 0 or more")
     _claim(out, force)
@@ -110,10 +113,8 @@ def train(
 
     runtime.set_threads(threads)
     target = runtime.pick_device(device)
-    if dtype == "float16":
-        raise UsageError("training in float16 needs loss scaling, which is not here", "use bfloat16 or float32")
-    kind = runtime.pick_dtype(dtype if dtype != "auto" else _fast_dtype(target), None, target)
-    stored = runtime.DTYPES[options.choice("--save-dtype", save_dtype, tuple(runtime.DTYPES))]
+    # By itself bfloat16, where the device multiplies in it; the weights and the optimizer stay float32.
+    kind = runtime.pick_dtype(dtype, "bfloat16", target)
     drawn = seed if seed is not None else runtime.draw_seed()
     if seed is None:
         said.note(f"seed {drawn}")
@@ -134,7 +135,7 @@ def train(
         save_every=save_every,
         seed=drawn,
         dtype=kind,
-        save_dtype=stored,
+        save_dtype=runtime.DTYPES[save_dtype],
         compile=compile,
     )
     files["train.toml"] = _train_toml(plan, size, data).encode()
@@ -157,13 +158,6 @@ def _claim(out: Path, force: bool) -> None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{out} can't be made: {error.strerror}", "name another folder") from None
-
-
-def _fast_dtype(device: Any) -> str:
-    """bfloat16 where the device multiplies in it; the weights and the optimizer stay float32."""
-    from gptcli.core import runtime
-
-    return "bfloat16" if runtime.is_fast(runtime.DTYPES["bfloat16"], device) else "float32"
 
 
 def _tokenizer_files(
@@ -214,34 +208,45 @@ def _read_corpora(
     start_id: int,
 ) -> list[Corpus]:
     """The training corpus, then those to evaluate on."""
-    from gptcli.train.data import encode_documents, hold_out_end
-    from gptcli.train.documents import documents_of, is_held_out
+    from gptcli.train.data import encode_documents
+    from gptcli.train.documents import documents_of
 
-    if "-" in data and held_out:
-        documents = list(documents_of(data, field=field))  # stdin comes once, and is wanted twice
-        train_part: Iterable[str] = (document for document in documents if not is_held_out(document, held_out))
-        valid_part = [document for document in documents if is_held_out(document, held_out)]
+    if held_out:
+        corpora = _hold_out(said, data, held_out, field, tokenizer, start_id)
     else:
-        train_part = documents_of(data, held_out, field=field)
-        valid_part = []
-        if held_out:
-            valid_part = list(documents_of(list(dict.fromkeys(data)), held_out, "valid", field=field))
-    train_part = list(train_part)
-    if valid_part and train_part:
-        corpora = [encode_documents("the data", train_part, tokenizer, start_id)]
-        corpora.append(encode_documents("held out", valid_part, tokenizer, start_id))
-    else:
-        whole = encode_documents("the data", train_part or valid_part, tokenizer, start_id)
-        corpora = hold_out_end(whole, tokenizer) if held_out else [whole]
-        if held_out and len(corpora) > 1:
-            said.note("too few documents to hold one out: the end of the text is held out")
-        elif held_out:
-            said.warn("the text is too short to hold some out, so there is no evaluation; name a text with --valid")
+        corpora = [encode_documents("the data", documents_of(data, field=field), tokenizer, start_id)]
     for name in valid:
         title = Path(name).name.split(".txt")[0].split(".jsonl")[0]
         corpora.append(encode_documents(title, documents_of([name], field=field), tokenizer, start_id))
     first = corpora[0]
     said.note(f"{first.documents:,} documents, {first.text_bytes:,} bytes, {len(first.tokens):,} tokens to train on")
+    return corpora
+
+
+def _hold_out(
+    said: Output, data: list[str], held_out: float, field: str, tokenizer: Tokenizer, start_id: int
+) -> list[Corpus]:
+    """The data in two: what to train on, and documents, or else the end of the text, to evaluate on."""
+    from gptcli.train.data import encode_documents, hold_out_end
+    from gptcli.train.documents import documents_of, is_held_out
+
+    train_part: list[str] = []
+    valid_part: list[str] = []
+    for place, path in enumerate(data):
+        for document in documents_of([path], field=field):
+            if not is_held_out(document, held_out):
+                train_part.append(document)
+            elif path not in data[:place]:  # a file named twice counts twice in training only
+                valid_part.append(document)
+    if valid_part and train_part:
+        parts = {"the data": train_part, "held out": valid_part}
+        return [encode_documents(name, part, tokenizer, start_id) for name, part in parts.items()]
+    whole = encode_documents("the data", train_part or valid_part, tokenizer, start_id)
+    corpora = hold_out_end(whole, tokenizer)
+    if len(corpora) > 1:
+        said.note("too few documents to hold one out: the end of the text is held out")
+    else:
+        said.warn("the text is too short to hold some out, so there is no evaluation; name a text with --valid")
     return corpora
 
 

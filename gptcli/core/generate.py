@@ -200,7 +200,7 @@ class _Row:
     def take(self, token: int, chosen: Choice | None, top: tuple[Choice, ...], *, slide: bool) -> Step:
         """Add a drawn token."""
         if token in self._eos:
-            return Step(self.index, None, self._rest(), finish="eos")
+            return Step(self.index, None, self._ended()[0], finish="eos")
         self._made += 1
         self.position += 1
         self.window.append(token)
@@ -227,11 +227,9 @@ class _Row:
         return self.slid
 
     def _ended(self) -> tuple[str, bool]:
+        """What was held back, and whether a stop was found in it."""
         text, stopped = self._stops.push(self._stream.flush())
         return (text, True) if stopped else (text + self._stops.flush(), False)
-
-    def _rest(self) -> str:
-        return self._ended()[0]
 
 
 def _capacity(model: Model, rows: Sequence[_Row]) -> int:
