@@ -16,9 +16,16 @@ from gptcli.spec.config import ModelConfig
 Mask = Tensor | Literal["causal"] | None
 
 
-def whole_sequence(ids: Tensor) -> tuple[Tensor, Mask]:
-    """Positions ``[1, T]`` and mask of ids ``[B, T]`` that no cache stands before."""
-    return torch.arange(ids.shape[1], device=ids.device)[None], "causal"
+def whole_sequence(ids: Tensor, documents: Tensor | None = None) -> tuple[Tensor, Mask]:
+    """Positions ``[1, T]`` and mask of ids ``[B, T]`` that no cache stands before.
+
+    With ``documents`` (``[B, T]``, the number of each id's document) a query sees its own document only.
+    """
+    positions = torch.arange(ids.shape[1], device=ids.device)[None]
+    if documents is None:
+        return positions, "causal"
+    same = documents[:, None, :, None] == documents[:, None, None, :]  # [B, 1, T, S]
+    return positions, same.tril()
 
 
 class KVCache:

@@ -14,13 +14,13 @@ Sources: Radford et al. 2019 (GPT-2), Vaswani et al. 2017 (attention); the lectu
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gptcli.core.attention import attend, attention_pattern
 from gptcli.core.cache import KVCache, Mask, whole_sequence
 from gptcli.core.rope import Rotation, rotate, rotation
 from gptcli.spec.config import ModelConfig
@@ -86,9 +86,15 @@ class Transformer(nn.Module):
             tap("logits", logits)
         return logits
 
-    def residual_stream(self, ids: Tensor, cache: KVCache | None = None, tap: Tap | None = None) -> Tensor:
-        """The vectors ``[B, T, C]`` that leave the last block, before the final norm; arguments as in ``forward``."""
-        positions, mask = whole_sequence(ids) if cache is None else cache.begin(ids)
+    def residual_stream(
+        self, ids: Tensor, cache: KVCache | None = None, tap: Tap | None = None, *, documents: Tensor | None = None
+    ) -> Tensor:
+        """The vectors ``[B, T, C]`` that leave the last block, before the final norm; arguments as in ``forward``.
+
+        ``documents``, ``[B, T]``, numbers the document of each id where several are packed in a row and none is to see
+        another; without a cache only.
+        """
+        positions, mask = whole_sequence(ids, documents) if cache is None else cache.begin(ids)
         stream = self.embedding(ids)
         if tap:
             tap("embedding", stream)
@@ -157,14 +163,7 @@ class Attention(nn.Module):
             key, value = cache.append(layer, key, value)  # [B, K, S, D]
         if tap:
             tap(f"blocks.{layer}.pattern", attention_pattern(query, key, mask))
-        gathered = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask if isinstance(mask, Tensor) else None,
-            is_causal=isinstance(mask, str),
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
+        gathered = attend(query, key, value, mask)
         return self.output(gathered.transpose(1, 2).flatten(2))  # [B, T, C]
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -188,32 +187,6 @@ class MLP(nn.Module):
         else:
             hidden = self.activation(self.gate(x)) * self.up(x)
         return self.down(hidden)
-
-
-def attention_pattern(query: Tensor, key: Tensor, mask: Mask) -> Tensor:
-    """The slow, readable twin of fused attention, first half: where each query looks.
-
-    Args:
-        query: ``[B, H, T, D]``.
-        key: ``[B, K, S, D]``, each shared by H/K heads.
-        mask: as ``Mask``; True may be seen.
-
-    Returns:
-        ``[B, H, T, S]`` float32 weights, each row summing to 1. Source: Vaswani et al. 2017, section 3.2.1.
-    """
-    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)  # [B, H, S, D]
-    scores = query.float() @ key.float().transpose(-2, -1) / math.sqrt(query.shape[-1])
-    if isinstance(mask, str):
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-    if isinstance(mask, Tensor):
-        scores = scores.masked_fill(~mask, -math.inf)
-    return scores.softmax(-1)
-
-
-def gather(pattern: Tensor, value: Tensor) -> Tensor:
-    """Second half: the values ``[B, K, S, D]``, weighted by the pattern ``[B, H, T, S]``; ``[B, H, T, D]``."""
-    value = value.repeat_interleave(pattern.shape[1] // value.shape[1], dim=1)  # [B, H, S, D]
-    return (pattern @ value.float()).to(value.dtype)
 
 
 def make_norm(config: ModelConfig) -> nn.Module:

@@ -1,0 +1,119 @@
+"""Attention itself: fused where torch is fast, in blocks where a CPU trains, and the slow readable twin of both.
+
+Shapes as in ``core/model.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from gptcli.core.cache import Mask
+
+# Queries a block: small enough that what lies above the diagonal is mostly skipped, large enough for the matrix unit.
+_BLOCK = 128
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
+    """What each query gathers: the values, weighted by how well their keys answer.
+
+    Args:
+        query: ``[B, H, T, D]``.
+        key, value: ``[B, K, S, D]``, each shared by H/K heads.
+        mask: as ``Mask``; True may be seen.
+
+    Returns:
+        ``[B, H, T, D]``; the same numbers as ``gather(attention_pattern(...))`` within rounding.
+    """
+    shared = query.shape[1] != key.shape[1]
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    if learns and isinstance(mask, str) and not shared and query.device.type == "cpu":
+        gathered: Tensor = _BlockedCausal.apply(query, key, value)
+        return gathered
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask if isinstance(mask, Tensor) else None,
+        is_causal=isinstance(mask, str),
+        enable_gqa=shared,
+    )
+
+
+class _BlockedCausal(torch.autograd.Function):
+    """Causal attention for training on a CPU: plain matrix products over blocks of queries, each with the keys up to it.
+
+    torch's fused kernel computes tile by tile without the matrix unit's full rate; these products run at it, forward
+    and backward together in less than half the time. The price is memory: the patterns are kept for the backward pass,
+    half of ``[B, H, T, T]``. The backward pass is Dao et al. 2022 (FlashAttention), appendix B.2, without the tiling.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        shape, length = query.shape, query.shape[2]
+        scale = 1 / math.sqrt(query.shape[-1])
+        # Batch and heads as one axis: [B H, T, D].
+        query, key, value = ((x * scale if x is query else x).flatten(0, 1) for x in (query, key, value))
+        later = query.new_full((_BLOCK, _BLOCK), -math.inf).triu(1)
+        gathered = torch.empty_like(query)
+        patterns = []
+        for start in range(0, length, _BLOCK):
+            end = min(start + _BLOCK, length)
+            scores = torch.bmm(query[:, start:end], key[:, :end].transpose(1, 2))
+            scores[:, :, start:] += later[: end - start, : end - start]
+            pattern = scores.softmax(-1)
+            gathered[:, start:end] = torch.bmm(pattern, value[:, :end])
+            patterns.append(pattern)
+        ctx.save_for_backward(query, key, value, *patterns)
+        return gathered.view(shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value, *patterns = ctx.saved_tensors
+        shape, scale = gradients[0].shape, 1 / math.sqrt(query.shape[-1])
+        gradient = gradients[0].flatten(0, 1)
+        to_query = torch.empty_like(query)
+        # Summed over blocks, so in float32.
+        to_key, to_value = (torch.zeros_like(x, dtype=torch.float32) for x in (key, value))
+        for number, pattern in enumerate(patterns):
+            start = number * _BLOCK
+            end = start + pattern.shape[1]
+            part = gradient[:, start:end]
+            to_value[:, :end] += torch.bmm(pattern.transpose(1, 2), part)
+            to_pattern = torch.bmm(part, value[:, :end].transpose(1, 2))
+            to_scores = torch._softmax_backward_data(to_pattern, pattern, -1, pattern.dtype)
+            to_query[:, start:end] = torch.bmm(to_scores, key[:, :end]) * scale
+            to_key[:, :end] += torch.bmm(to_scores.transpose(1, 2), query[:, start:end])
+        return to_query.view(shape), to_key.to(key.dtype).view(shape), to_value.to(value.dtype).view(shape)
+
+
+def attention_pattern(query: Tensor, key: Tensor, mask: Mask) -> Tensor:
+    """The slow, readable twin of fused attention, first half: where each query looks.
+
+    Args:
+        query: ``[B, H, T, D]``.
+        key: ``[B, K, S, D]``, each shared by H/K heads.
+        mask: as ``Mask``; True may be seen.
+
+    Returns:
+        ``[B, H, T, S]`` float32 weights, each row summing to 1. Source: Vaswani et al. 2017, section 3.2.1.
+    """
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)  # [B, H, S, D]
+    scores = query.float() @ key.float().transpose(-2, -1) / math.sqrt(query.shape[-1])
+    if isinstance(mask, str):
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if isinstance(mask, Tensor):
+        scores = scores.masked_fill(~mask, -math.inf)
+    return scores.softmax(-1)
+
+
+def gather(pattern: Tensor, value: Tensor) -> Tensor:
+    """Second half: the values ``[B, K, S, D]``, weighted by the pattern ``[B, H, T, S]``; ``[B, H, T, D]``."""
+    value = value.repeat_interleave(pattern.shape[1] // value.shape[1], dim=1)  # [B, H, S, D]
+    return (pattern @ value.float()).to(value.dtype)
