@@ -50,6 +50,11 @@ def _is_text(file: Path) -> bool:
     return _unpacked_suffix(file) in TEXT_SUFFIXES and not any(part.startswith(".") for part in file.parts)
 
 
+def is_json_lines(path: str) -> bool:
+    """Whether a file is JSON lines, packed or not, by its name."""
+    return path != "-" and _unpacked_suffix(Path(path)) == ".jsonl"
+
+
 def _unpacked_suffix(file: Path) -> str:
     """``.jsonl`` of ``a.jsonl.xz``."""
     return file.with_suffix("").suffix if file.suffix in PACKED_SUFFIXES else file.suffix
@@ -63,7 +68,7 @@ def read_documents(path: str, *, field: str = "text") -> Iterator[str]:
     and ``.zst`` are unpacked. Raises NotFoundError without the file, CorruptError for bytes that are not UTF-8 (with
     their offset), a line that is no such object (with its number) or a broken archive.
     """
-    if path != "-" and _unpacked_suffix(Path(path)) == ".jsonl":
+    if is_json_lines(path):
         yield from _json_lines(path, field)
         return
     parts: list[str] = []  # of the document that is being read
@@ -90,7 +95,7 @@ def _document(text: str) -> Iterator[str]:
 
 
 def _json_lines(path: str, field: str) -> Iterator[str]:
-    for number, line in enumerate(_lines(path), 1):
+    for number, line in enumerate(lines_of(path), 1):
         if not line.strip():
             continue
         try:
@@ -104,7 +109,8 @@ def _json_lines(path: str, field: str) -> Iterator[str]:
             yield text
 
 
-def _lines(path: str) -> Iterator[str]:
+def lines_of(path: str) -> Iterator[str]:
+    """The lines of a file, packed or not, or of standard input, without their line breaks; errors as read_documents."""
     parts: list[str] = []
     for text in _read_text(path):
         *whole, rest = text.split("\n")
@@ -189,5 +195,14 @@ def _decode(stream: BinaryIO | io.BufferedIOBase, name: str) -> Iterator[str]:
 
 def is_held_out(document: str, fraction: float) -> bool:
     """Whether a document belongs to the held-out part: by a hash of its text, so the same on every run."""
+    return _hash(document) < fraction * 2**64
+
+
+def held_out_place(document: str) -> float:
+    """Where in [0, 1] the hash puts a document: it is held out by every larger fraction."""
+    return _hash(document) / 2**64
+
+
+def _hash(document: str) -> int:
     digest = hashlib.sha256(document.encode("utf-8", errors="replace")).digest()
-    return int.from_bytes(digest[:8], "big") < fraction * 2**64
+    return int.from_bytes(digest[:8], "big")

@@ -424,3 +424,12 @@ def test_a_folder_without_permission(folder: Path) -> None:
         assert contents(folder) == before
     finally:
         folder.chmod(0o755)
+
+
+def test_a_tokenizer_takes_the_chat_template_of_the_one_before_with_it(folder: Path) -> None:
+    model = new_model()
+    mine = {"tokenizer.json": b"{}", "tokenizer_config.json": b"{}", "chat_template.jinja": b"x"}
+    save_folder(model, folder, files=mine, dtype=torch.float32)
+    assert names(folder) >= set(mine)
+    save_folder(model, folder, files={"tokenizer.json": b"{}"}, dtype=torch.float32)
+    assert names(folder) & set(mine) == {"tokenizer.json"}
