@@ -41,6 +41,12 @@ class OutputError(GptcliError):
     exit_code = ExitCode.FAULT
 
 
+class DivergedError(GptcliError):
+    """Training whose loss stays away from any number, whatever is tried."""
+
+    exit_code = ExitCode.FAULT
+
+
 class UsageError(GptcliError):
     """Wrong use: an option out of range, options that exclude each other, nothing to work on."""
 

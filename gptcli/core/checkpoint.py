@@ -122,26 +122,34 @@ def written_folder(folder: Path) -> Iterator[Path]:
     shape is whole at any moment; a stop between two renames to another shape leaves what loading refuses by name.
     """
     temporary = None
+    with output_errors(folder):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder))
+            yield temporary
+            written = sorted(temporary.iterdir())
+            for file in written:
+                file.chmod(0o666 & ~_umask())  # some are made readable to their owner alone
+                sync(file)
+            stale = _stale(folder, {file.name for file in written})
+            # The weights go first, the index behind its shards, the configuration last.
+            for file in sorted(written, key=lambda file: (file.name == "config.json", file.name == INDEX_NAME)):
+                os.replace(file, folder / file.name)
+            for file in stale:
+                file.unlink(missing_ok=True)
+            sync(folder)
+        finally:
+            if temporary is not None:
+                shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def output_errors(path: Path) -> Iterator[None]:
+    """Within, what can't be written is an OutputError that says why and what to do."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder))
-        yield temporary
-        written = sorted(temporary.iterdir())
-        for file in written:
-            file.chmod(0o666 & ~_umask())  # some are made readable to their owner alone
-            _sync(file)
-        stale = _stale(folder, {file.name for file in written})
-        # The weights go first, the index behind its shards, the configuration last.
-        for file in sorted(written, key=lambda file: (file.name == "config.json", file.name == INDEX_NAME)):
-            os.replace(file, folder / file.name)
-        for file in stale:
-            file.unlink(missing_ok=True)
-        _sync(folder)
+        yield
     except (OSError, SafetensorError) as error:
-        raise OutputError(f"{folder} could not be written: {_reason(error)}", _what_to_do(error)) from None
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+        raise OutputError(f"{path} could not be written: {_reason(error)}", _what_to_do(error)) from None
 
 
 def _stale(folder: Path, written: set[str]) -> list[Path]:
@@ -161,7 +169,8 @@ def _umask() -> int:
     return mask
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file or folder is on the disk itself."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

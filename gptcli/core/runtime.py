@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import re
 import secrets
+import time
 
 import torch
 
@@ -89,3 +92,52 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
+
+
+def keep_freed_memory() -> None:
+    """Tell the C library to keep what is freed for the next use, and not give it back to the system in between.
+
+    Training on a CPU frees and takes the same large tensors every step; having each of their pages mapped and zeroed
+    anew costs a good part of it. glibc only; elsewhere nothing is done.
+    """
+    trim_threshold, mmap_threshold, most = -1, -3, (1 << 31) - 1  # malloc.h
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(mmap_threshold, 1 << 30)
+        mallopt(trim_threshold, most)
+
+
+# Dense bf16 operations a second by the makers' data sheets, by a part of the device's name.
+_SHEET = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10G": 70e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+
+
+def sheet_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Operations a second of a known GPU in bf16 or float16, which utilisation is commonly told against; else None."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((rate for part, rate in _SHEET.items() if part in name), None)
+
+
+def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of square matrix products in ``dtype``: the best of a few tries, well under a second."""
+    size = 1024 if device.type == "cpu" else 4096
+    left, right = (torch.ones((size, size), device=device, dtype=dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(8):
+        synchronize(device)
+        start = time.perf_counter()
+        left @ right
+        synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best

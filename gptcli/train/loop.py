@@ -5,66 +5,115 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from gptcli.core.checkpoint import save_folder
 from gptcli.core.model import Transformer
-from gptcli.errors import UsageError
-from gptcli.train.data import Batches, Corpus
-from gptcli.train.optim import learning_rate, make_adamw
+from gptcli.errors import DivergedError, UsageError
+from gptcli.spec.plan import flops_per_token
+from gptcli.train import fit, state
+from gptcli.train.data import Batch, Batches, Corpus
+from gptcli.train.loss import IGNORED, Objective
+from gptcli.train.optim import Kind, Optimizers, schedule
+from gptcli.train.ranks import Part, Ranks
+from gptcli.train.state import Checkpoint
 
-# Logits of one forward pass take at most this much memory, gradients not counted; more rows are accumulated.
-_LOGIT_BYTES = 1 << 29
+# So many steps in a row whose loss or gradient is not finite, and training goes back to the last checkpoint, with this
+# much of its learning rate; after so many times, it gives up.
+_PATIENCE = 4
+_BACK_OFF = 0.5
+_MOST_ROLLBACKS = 6
+
+METRICS = "metrics.jsonl"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How to train. Of ``steps`` and ``minutes`` one is set; ``lr`` is the peak; every N steps, 0 is never."""
+    """How to train. Of ``steps`` and ``minutes`` one is set; ``lr`` is the peak; every N steps, 0 is never.
+
+    ``micro_batch`` (rows at once), ``compile`` and ``checkpoint_activations`` are found out where they are None.
+    """
 
     batch_tokens: int = 8192
-    lr: float = 1e-3
+    lr: float = 4e-3
     weight_decay: float = 0.1
     warmup: float = 0.02
     clip: float = 1.0
+    optimizer: Kind = "muon"
     steps: int | None = None
     minutes: float | None = None
     eval_every: int = 250
     save_every: int = 1000
+    keep: int = 2
     seed: int = 0
     dtype: torch.dtype = torch.float32
     save_dtype: torch.dtype = torch.float32
-    compile: bool = False
+    mask_documents: bool = False
+    micro_batch: int | None = None
+    compile: bool | None = None
+    checkpoint_activations: bool | None = None
 
 
 Event = dict[str, Any]
+# Continues a text with the model as it is after a step, for an event ``sample``.
+Sampler = Callable[[Transformer, int], Event]
 
 
 def train(
-    model: Transformer, corpus: Corpus, valid: Sequence[Corpus], plan: Plan, out: Path, files: Mapping[str, bytes]
+    model: Transformer,
+    corpus: Corpus,
+    valid: Sequence[Corpus],
+    plan: Plan,
+    out: Path,
+    files: Mapping[str, bytes],
+    *,
+    sampler: Sampler | None = None,
+    sample_every: int | None = None,
+    resume: Checkpoint | None = None,
+    options: Mapping[str, Any] | None = None,
+    ranks: Ranks | None = None,
 ) -> Iterator[Event]:
     """Train ``model`` in place and save it in ``out``.
 
     Yields events: ``start``, a ``step`` for each step (loss in nats a token, before the update), ``eval`` (bits per
-    byte), ``save``, ``done``. Each is also a line of ``out/metrics.jsonl``. A step whose gradient is not finite is
-    skipped and counted. Closing the iterator leaves the last save; Ctrl-C (within a step, or thrown into
-    it) saves first.
+    byte), ``sample``, ``save``, ``rollback``, ``done``. Each is also a line of ``out/metrics.jsonl``. A step whose loss
+    or gradient is not finite is skipped and counted; after a few in a row training goes back to the last checkpoint
+    with a smaller learning rate. Closing the iterator leaves the last save; Ctrl-C (within a step, or thrown into it)
+    saves first.
 
-    Raises UsageError when the data is too small, OutputError when ``out`` can't be written.
+    Args:
+        files: what else belongs into the model folder (the tokenizer).
+        sampler: called every ``sample_every`` steps, or at each evaluation where that is None.
+        resume: where to go on; as if it had never stopped, to the bit on a CPU with the same torch and threads.
+        options: kept in each checkpoint, for whoever resumes to compare.
+        ranks: the processes that train together; every one of them runs this, and rank 0 writes.
+
+    Raises UsageError when the data is too small, OutputError when ``out`` can't be written, CorruptError for a
+    checkpoint that is not this model's, DivergedError when going back does not help.
     """
-    run = _Run(model, corpus, valid, plan, out, files)
-    with (out / "metrics.jsonl").open("w") as metrics:
+    ranks = ranks or Ranks()
+    run = _Run(model, corpus, valid, plan, out, files, ranks)
+    run.sampler, run.sample_every, run.options = sampler, sample_every, dict(options or {})
+    if resume is not None:
+        run.go_back_to(resume)
+        run.resumed = True
+        if ranks.rank == 0:
+            state.keep_metrics_until(out / METRICS, resume.step)
+    with (out / METRICS if ranks.rank == 0 else Path("/dev/null")).open("a" if resume else "w") as metrics:
         yield from run.events(metrics)
 
 
 class _Run:
+    sampler: Sampler | None = None
+    sample_every: int | None = None
+    options: Mapping[str, Any] = {}
+    resumed = False
+
     def __init__(
         self,
         model: Transformer,
@@ -73,150 +122,308 @@ class _Run:
         plan: Plan,
         out: Path,
         files: Mapping[str, bytes],
+        ranks: Ranks,
     ) -> None:
         if (plan.steps is None) == (plan.minutes is None):
             raise UsageError("the length of training is not clear", "give either steps or minutes")
         config = model.config
         self.model, self.corpus, self.valid, self.plan, self.out, self.files = model, corpus, valid, plan, out, files
+        self.ranks = ranks
         self.device = model.embedding.weight.device
-        rows = max(1, round(plan.batch_tokens / config.context))
-        most = max(1, _LOGIT_BYTES // (4 * config.context * config.vocab_size))
-        self.micro = -(-rows // -(-rows // most))  # as even as it goes
-        self.rows = rows
-        self.batches = Batches(corpus.tokens, rows, config.context, plan.seed)
-        self.optimizer = make_adamw(model, plan.lr, plan.weight_decay)
-        self.forward: Any = torch.compile(model) if plan.compile else model
-        self.skipped = 0
+        self.own_rows = max(1, round(plan.batch_tokens / config.context / ranks.count))
+        self.rows = self.own_rows * ranks.count
+        self.batches = Batches(corpus, self.rows, config.context, plan.seed, mask_documents=plan.mask_documents)
+        self.objective = ranks.wrap(Objective(model, plan.dtype))
+        self.optimizers = Optimizers(plan.optimizer, model, plan.lr, plan.weight_decay)
+        self.step = self.skipped = self.rollbacks = 0
+        self.lr_scale = 1.0
         self.best: float | None = None
+        self.seconds_before = 0.0  # of the parts before this one
         self.began = time.perf_counter()
 
+    # --- The run as a whole
+
     def events(self, metrics: TextIO) -> Iterator[Event]:
-        step = 0
         try:
-            for event in self._steps():
-                step = event.get("step", 0)
+            for event in self._events():
                 yield _told(event, metrics)
         except KeyboardInterrupt:
-            if step:
-                yield _told(self._save(step), metrics)
+            if self.step:
+                yield _told(self._save(), metrics)
             raise
 
-    def _steps(self) -> Iterator[Event]:
-        plan, config = self.plan, self.model.config
+    def _events(self) -> Iterator[Event]:
+        choices = self._choices()
+        yield self._start(choices)
+        plan = self.plan
+        self.began = time.perf_counter()
+        batch = self._batch(self.step)
+        failed = 0  # steps in a row
+        last = self._progress() >= 1.0
+        while not last:
+            event, batch = self._train_step(batch)
+            yield event
+            failed = failed + 1 if event["skipped"] else 0
+            if failed >= _PATIENCE:
+                yield self._roll_back()
+                batch, failed = self._batch(self.step), 0
+                continue
+            last = self._progress() >= 1.0  # asked once: by the clock, a later answer may differ
+            evaluate = self._is_time(plan.eval_every, last)
+            if evaluate and self.valid:
+                yield self._evaluate()
+            if self.sampler and (evaluate if self.sample_every is None else self._is_time(self.sample_every, last)):
+                yield {"event": "sample", **self._position(), **self.sampler(self.model, self.step)}
+            if self._is_time(plan.save_every, last) and not failed:
+                yield self._save()
+        seconds = self._seconds()
         yield {
+            "event": "done",
+            **self._position(),
+            "seconds": seconds,
+            "skipped": self.skipped,
+            "bits_per_byte": self.best,
+            "tokens_per_second": self._tokens() / max(seconds, 1e-9),
+        }
+
+    def _choices(self) -> fit.Choices:
+        """Find out, or read from the checkpoint, what is chosen by trying; and set the model up so."""
+        known = self.options.get("choices") if self.resumed else None
+        chosen = fit.Choices(**known) if known else fit.choose(self.objective, self.plan, self.own_rows, self.ranks)
+        self.options = {**self.options, "choices": chosen.to_dict()}
+        fit.apply(self.model, chosen)
+        self.micro = chosen.micro_batch
+        return chosen
+
+    def _start(self, choices: fit.Choices) -> Event:
+        plan, config = self.plan, self.model.config
+        self.flops = flops_per_token(config)
+        self.peak = fit.peak_flops(self.device, plan.dtype)
+        return {
             "event": "start",
-            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            **self._position(),
+            "parameters": sum(self.ranks.part(parameter).rows * _row(parameter) for parameter in self._parameters()),
             "config": config.to_dict(),
             "train_tokens": len(self.corpus.tokens),
             "train_bytes": self.corpus.text_bytes,
             "batch_tokens": self.rows * config.context,
+            "micro_batch": choices.micro_batch,
+            "accumulate": -(-self.own_rows // choices.micro_batch),
             "steps": plan.steps,
             "minutes": plan.minutes,
             "seed": plan.seed,
             "device": str(self.device),
             "dtype": str(plan.dtype).removeprefix("torch."),
-        }
-        self.began = time.perf_counter()
-        step, last = 0, False
-        while not last:
-            yield self._step(step)
-            step += 1
-            last = self._progress(step) >= 1.0  # asked once: by the clock, a later answer may differ
-            if self.valid and (last or (plan.eval_every and step % plan.eval_every == 0)):
-                yield self._evaluate(step)
-            if last or (plan.save_every and step % plan.save_every == 0):
-                yield self._save(step)
-        yield {
-            "event": "done",
-            "step": step,
-            "tokens": step * self.rows * config.context,
-            "seconds": time.perf_counter() - self.began,
-            "skipped": self.skipped,
-            "bits_per_byte": self.best,
+            "optimizer": plan.optimizer,
+            "compile": choices.compile,
+            "checkpoint_activations": choices.checkpoint_activations,
+            "ranks": self.ranks.count,
+            "parallel": self.ranks.kind,
+            "flops_per_token": self.flops,
+            "peak_flops_per_second": self.peak,
+            "resumed": self.resumed,
         }
 
-    def _save(self, step: int) -> Event:
-        save_folder(self.model, self.out, dtype=self.plan.save_dtype, files=self.files)
-        return {"event": "save", "step": step, "path": str(self.out)}
+    def _parameters(self) -> Iterator[Tensor]:
+        return self.model.parameters()
 
-    def _progress(self, step: int) -> float:
+    def _position(self) -> Event:
+        return {"step": self.step, "tokens": self._tokens()}
+
+    def _tokens(self) -> int:
+        return self.step * self.rows * self.model.config.context
+
+    def _seconds(self) -> float:
+        return self.seconds_before + time.perf_counter() - self.began
+
+    def _progress(self) -> float:
         if self.plan.steps is not None:
-            return step / self.plan.steps
-        return (time.perf_counter() - self.began) / (60 * (self.plan.minutes or 1))
+            return self.step / self.plan.steps
+        return self._seconds() / (60 * (self.plan.minutes or 1))
 
-    def _step(self, step: int) -> Event:
+    def _is_time(self, every: int, last: bool) -> bool:
+        return last or bool(every and self.step % every == 0)
+
+    # --- One step
+
+    def _batch(self, step: int) -> tuple[Batch, int]:
+        """This rank's batch of a step, on the host, and how many tokens the whole batch has to learn."""
+        batch = self.batches.at(step, self.ranks.rank, self.ranks.count)
+        learnt = torch.tensor(int((batch.targets != IGNORED).sum()), device=self.device)
+        return batch, max(1, int(self.ranks.total(learnt)))
+
+    def _train_step(self, made: tuple[Batch, int]) -> tuple[Event, tuple[Batch, int]]:
+        """Train on a batch; returns the event and the next batch, made while the device was at work."""
         start = time.perf_counter()
-        lr = learning_rate(self.plan.lr, max(self._progress(step), 1e-4), self.plan.warmup)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        ids, targets = (torch.from_numpy(array).to(self.device) for array in self.batches.at(step))
-        total = torch.zeros((), device=self.device)
-        self.model.train()
-        for first in range(0, self.rows, self.micro):
-            part = slice(first, first + self.micro)
-            loss = self._loss(self.forward, ids[part], targets[part]) / targets.numel()
-            loss.backward()
-            total += loss.detach()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.plan.clip)
-        finite = bool(torch.isfinite(norm))
+        batch, learnt = made
+        lr_scale = schedule(max(self._progress(), 1e-4), self.plan.warmup) * self.lr_scale
+        loss = self._gradients(batch, learnt)
+        norm = self._clip()
+        following = self._batch(self.step + 1)
+        nats, length = loss.item(), norm.item()
+        finite = math.isfinite(nats) and math.isfinite(length)
         if finite:
-            self.optimizer.step()
+            self.optimizers.step(lr_scale)
         else:
+            self.optimizers.zero_grad()
             self.skipped += 1
-        self.optimizer.zero_grad(set_to_none=True)
-        seconds = time.perf_counter() - start
-        return {
+        self.step += 1
+        tokens = self.rows * self.model.config.context
+        rate = tokens / (time.perf_counter() - start)
+        event = {
             "event": "step",
-            "step": step + 1,
-            "tokens": (step + 1) * targets.numel(),
-            "loss": _number(total.item()),
-            "lr": lr,
-            "grad_norm": _number(norm.item()),
-            "tokens_per_second": targets.numel() / seconds,
-            "seconds": time.perf_counter() - self.began,
-            "progress": min(1.0, self._progress(step + 1)),
+            **self._position(),
+            "loss": _number(nats),
+            "lr": self.plan.lr * lr_scale,
+            "grad_norm": _number(length),
+            "tokens_per_second": rate,
+            "seconds": self._seconds(),
+            "progress": min(1.0, self._progress()),
+            "utilization": rate * self.flops / self.peak / self.ranks.count if self.peak else None,
+            "skipped": not finite,
         }
+        return event, following
 
-    def _loss(self, forward: Any, ids: Tensor, targets: Tensor) -> Tensor:
-        """Summed cross entropy in nats."""
-        with torch.autocast(self.device.type, self.plan.dtype, enabled=self.plan.dtype is not torch.float32):
-            logits = forward(ids)
-        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
+    def _gradients(self, batch: Batch, learnt: int) -> Tensor:
+        """Gradients of the mean loss over the whole batch, micro-batch by micro-batch; the mean loss, in nats."""
+        self.objective.train()
+        total = torch.zeros((), device=self.device)
+        for first in range(0, self.own_rows, self.micro):
+            part = slice(first, first + self.micro)
+            with self.ranks.accumulate(self.objective, last=first + self.micro >= self.own_rows):
+                loss = self.objective(*self._on_device(batch, part))
+                # What several ranks have is averaged over them, while the loss is a mean over the tokens of all.
+                (loss * (self.ranks.count / learnt)).backward()
+            total += loss.detach()
+        return self.ranks.total(total) / learnt
+
+    def _on_device(self, batch: Batch, part: slice) -> tuple[Tensor, Tensor, Tensor | None]:
+        def moved(array: Any) -> Tensor:
+            tensor = torch.from_numpy(array[part])
+            return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+
+        return moved(batch.ids), moved(batch.targets), None if batch.documents is None else moved(batch.documents)
+
+    def _clip(self) -> Tensor:
+        """Shorten the gradient to length ``clip`` where it is longer; its length before."""
+        parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
+        return self.ranks.whole(torch.nn.utils.clip_grad_norm_(parameters, self.plan.clip))
+
+    # --- Evaluating
 
     @torch.no_grad()
-    def _evaluate(self, step: int) -> Event:
-        self.model.eval()
+    def _evaluate(self) -> Event:
+        self.objective.eval()
         by_name = {}
         nats = size = tokens = 0.0
         for corpus in self.valid:
-            # Not the compiled model: its last window has a shape of its own, and would be compiled for that.
-            loss = partial(self._loss, self.model)
-            total, count = corpus_nats(loss, corpus, self.model.config.context, self.micro, self.device)
+            total, count = corpus_nats(
+                self.objective, corpus, self.model.config.context, self.micro, self.device, self.ranks
+            )
             by_name[corpus.name] = total / math.log(2) / corpus.text_bytes
             nats, size, tokens = nats + total, size + corpus.text_bytes, tokens + count
         bits = nats / math.log(2) / size
         self.best = bits if self.best is None else min(bits, self.best)
-        return {"event": "eval", "step": step, "loss": nats / tokens, "bits_per_byte": bits, "valid": by_name}
+        return {
+            "event": "eval",
+            **self._position(),
+            "loss": nats / max(1.0, tokens),
+            "bits_per_byte": bits,
+            "best": self.best,
+            "valid": by_name,
+        }
+
+    # --- Saving, and going back
+
+    def _save(self) -> Event:
+        told = {
+            "step": self.step,
+            "seconds": self._seconds(),
+            "skipped": self.skipped,
+            "rollbacks": self.rollbacks,
+            "lr_scale": self.lr_scale,
+            "best": self.best,
+            "options": self.options,
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+        }
+        checkpoint = state.save_checkpoint(self.out, self._parts(), told, self.ranks, self.plan.keep)
+        self.ranks.save_folder(self.model, self.out, self.plan.save_dtype, self.files)
+        return {"event": "save", **self._position(), "path": str(self.out), "checkpoint": str(checkpoint)}
+
+    def _parts(self) -> dict[str, Part]:
+        """This rank's part of all that a checkpoint holds: parameters and optimizer state."""
+        parts = {f"model.{name}": self.ranks.part(tensor.data) for name, tensor in self.model.named_parameters()}
+        for name, kind, tensor in self.optimizers.tensors():
+            parts[f"optimizer.{name}.{kind}"] = self.ranks.part(tensor)
+        return parts
+
+    def go_back_to(self, checkpoint: Checkpoint) -> None:
+        """Become what the run was when it wrote a checkpoint."""
+        self.optimizers.create_state()
+        state.load_checkpoint(checkpoint, self._parts())
+        self.step = checkpoint.step
+        told = checkpoint.state
+        self.seconds_before, self.skipped, self.best = told["seconds"], told["skipped"], told["best"]
+        self.rollbacks, self.lr_scale = told["rollbacks"], told["lr_scale"]
+        self.began = time.perf_counter()
+
+    def _roll_back(self) -> Event:
+        """After several steps in vain: back to the last checkpoint, with a smaller learning rate."""
+        step, seconds, skipped, rollbacks = self.step, self._seconds(), self.skipped, self.rollbacks + 1
+        checkpoint = next(state.checkpoints(self.out), None)
+        if checkpoint is None or rollbacks > _MOST_ROLLBACKS:
+            where = "before the first checkpoint" if checkpoint is None else "again and again"
+            raise DivergedError(
+                f"the loss or its gradient was not finite for {_PATIENCE} steps in a row, {where} (step {step})",
+                "use a smaller --lr, or --dtype float32",
+            )
+        smaller = self.lr_scale * _BACK_OFF
+        self.go_back_to(checkpoint)
+        # What happened has happened, though the weights are the old ones.
+        self.seconds_before, self.skipped, self.rollbacks, self.lr_scale = seconds, skipped, rollbacks, smaller
+        self.began = time.perf_counter()
+        return {"event": "rollback", "step": step, "to_step": self.step, "lr_scale": smaller}
 
 
-def corpus_nats(loss: Any, corpus: Corpus, context: int, rows: int, device: torch.device) -> tuple[float, int]:
+def corpus_nats(
+    objective: Callable[[Tensor, Tensor], Tensor],
+    corpus: Corpus,
+    context: int,
+    rows: int,
+    device: torch.device,
+    ranks: Ranks | None = None,
+) -> tuple[float, int]:
     """Total cross entropy (nats) of a corpus, every token but the first predicted once, in windows side by side.
 
-    Returns ``(nats, tokens scored)``. A window knows nothing of the one before, so this is an upper bound of what the
-    model can do.
+    ``objective(ids, targets)`` gives the summed cross entropy. Returns ``(nats, tokens scored)``. A window knows
+    nothing of the one before, so this is an upper bound of what the model can do. Several ranks take windows in turn.
     """
-    stream = torch.from_numpy(corpus.tokens.astype("int64"))
-    whole = (len(stream) - 1) // context
-    total = 0.0
-    for first in range(0, whole, rows):
-        last = min(first + rows, whole)
-        part = stream[first * context : last * context + 1]
-        ids, targets = part[:-1].view(-1, context), part[1:].view(-1, context)  # [B, T]
-        total += loss(ids.to(device), targets.to(device)).item()
-    rest = stream[whole * context :]
-    if len(rest) > 1:
-        total += loss(rest[None, :-1].to(device), rest[None, 1:].to(device)).item()
-    return total, len(stream) - 1
+    ranks = ranks or Ranks()
+    count = len(corpus.tokens) - 1
+    windows = -(-count // context)
+    total, scored = 0.0, 0
+    step = rows * ranks.count
+    for first in range(0, windows, step):
+        ids = torch.zeros((rows, context), dtype=torch.int64)
+        targets = torch.full((rows, context), IGNORED)
+        for row in range(rows):
+            start = (first + ranks.rank * rows + row) * context
+            end = min(start + context, count)
+            if start < end:
+                window = torch.from_numpy(corpus.tokens[start : end + 1].astype("int64"))
+                ids[row, : end - start], targets[row, : end - start] = window[:-1], window[1:]
+                if corpus.learnt is not None:
+                    learnt = torch.from_numpy(corpus.learnt[start + 1 : end + 1].astype("bool"))
+                    targets[row, : end - start][~learnt] = IGNORED
+        scored += int((targets != IGNORED).sum())
+        total += objective(ids.to(device), targets.to(device)).item()
+    sums = ranks.total(torch.tensor([total, float(scored)], dtype=torch.float64, device=device)).tolist()
+    return sums[0], int(sums[1])
+
+
+def _row(parameter: Tensor) -> int:
+    return math.prod(parameter.shape[1:])
 
 
 def _told(event: Event, metrics: TextIO) -> Event:

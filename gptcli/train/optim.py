@@ -1,29 +1,95 @@
-"""The optimizer and its schedule."""
+"""The optimizers and their schedule."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator
+from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+Kind = Literal["adamw", "muon"]
+KINDS: tuple[Kind, ...] = ("muon", "adamw")
 
 
-def make_adamw(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW with decay on matrices only, and betas as GPT-3 was trained (Brown et al. 2020, appendix B)."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
+class Optimizers:
+    """What updates a model: AdamW alone, or Muon for the matrices of the blocks and AdamW for the rest.
+
+    Muon makes every update of a matrix orthogonal (all its directions equally long), so that rare directions are learnt
+    as fast as common ones; it is scaled to AdamW's usual step length, so that both take the same learning rates. AdamW
+    decays matrices only, with the betas that GPT-3 was trained with.
+
+    Sources: Jordan et al. 2024 (Muon), Liu et al. 2025 (its scale), Brown et al. 2020, appendix B (betas).
+    """
+
+    def __init__(self, kind: Kind, model: nn.Module, lr: float, weight_decay: float) -> None:
+        self._lr = lr
+        named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        muon = [name for name in named if kind == "muon" and _is_block_matrix(name, named[name])]
+        rest = [name for name in named if name not in set(muon)]
+        self._names = {id(parameter): name for name, parameter in named.items()}
+        self._each: list[torch.optim.Optimizer] = []
+        if muon:
+            self._each.append(
+                torch.optim.Muon(
+                    [named[name] for name in muon],
+                    lr=lr,
+                    weight_decay=weight_decay,
+                    momentum=0.95,
+                    adjust_lr_fn="match_rms_adamw",
+                )
+            )
+        if rest:
+            groups = [
+                {"params": [named[name] for name in rest if named[name].dim() >= 2], "weight_decay": weight_decay},
+                {"params": [named[name] for name in rest if named[name].dim() < 2], "weight_decay": 0.0},
+            ]
+            groups = [group for group in groups if group["params"]]
+            self._each.append(torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True))
+
+    def step(self, scale: float) -> None:
+        """Update the parameters at ``scale`` times the peak learning rate, and forget their gradients."""
+        for optimizer in self._each:
+            for group in optimizer.param_groups:
+                group["lr"] = self._lr * scale
+            optimizer.step()
+        self.zero_grad()
+
+    def zero_grad(self) -> None:
+        for optimizer in self._each:
+            optimizer.zero_grad(set_to_none=True)
+
+    def tensors(self) -> Iterator[tuple[str, str, Tensor]]:
+        """The state: a parameter's name, what it is (``exp_avg``, ...), and the tensor. Empty before the first step."""
+        for optimizer in self._each:
+            for parameter, state in optimizer.state.items():
+                for kind, tensor in state.items():
+                    yield self._names[id(parameter)], kind, tensor
+
+    def create_state(self) -> None:
+        """Make the state as a first step would, zeros, so that a checkpoint can be read into it."""
+        for optimizer in self._each:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    state = optimizer.state[parameter]
+                    if isinstance(optimizer, torch.optim.Muon):
+                        state["momentum_buffer"] = torch.zeros_like(parameter)
+                    else:
+                        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+                        state["exp_avg"] = torch.zeros_like(parameter)
+                        state["exp_avg_sq"] = torch.zeros_like(parameter)
 
 
-def learning_rate(lr: float, progress: float, warmup: float, final: float = 0.1) -> float:
-    """The rate at ``progress`` (0 to 1 of the run): linear warm-up over the part ``warmup``, then half a cosine.
+def _is_block_matrix(name: str, parameter: Tensor) -> bool:
+    return ".blocks." in f".{name}" and parameter.dim() == 2
 
-    Ends at ``final * lr``. Source: Brown et al. 2020, appendix B.
+
+def schedule(progress: float, warmup: float) -> float:
+    """The part of the peak learning rate at ``progress`` (0 to 1 of the run).
+
+    Up on a line over the part ``warmup``, then down on a line to zero: for a run whose length is known, going all the
+    way down beats stopping at a tenth. Source: Bergsma et al. 2025 (Straight to Zero).
     """
     if progress < warmup:
-        return lr * progress / warmup
-    done = min(1.0, (progress - warmup) / max(1e-9, 1.0 - warmup))
-    return lr * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * done)))
+        return progress / warmup
+    return max(0.0, (1.0 - progress) / (1.0 - warmup))
