@@ -83,7 +83,7 @@ class _Run:
         most = max(1, _LOGIT_BYTES // (4 * config.context * config.vocab_size))
         self.micro = -(-rows // -(-rows // most))  # as even as it goes
         self.rows = rows
-        self.batches = Batches(corpus.tokens, rows, config.context, plan.seed)
+        self.batches = Batches(corpus, rows, config.context, plan.seed)
         self.optimizer = make_adamw(model, plan.lr, plan.weight_decay)
         self.forward: Any = torch.compile(model) if plan.compile else model
         self.skipped = 0
@@ -149,7 +149,8 @@ class _Run:
         lr = learning_rate(self.plan.lr, max(self._progress(step), 1e-4), self.plan.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        ids, targets = (torch.from_numpy(array).to(self.device) for array in self.batches.at(step))
+        batch = self.batches.at(step)
+        ids, targets = (torch.from_numpy(array).to(self.device) for array in (batch.ids, batch.targets))
         total = torch.zeros((), device=self.device)
         self.model.train()
         for first in range(0, self.rows, self.micro):
@@ -205,7 +206,7 @@ def corpus_nats(loss: Any, corpus: Corpus, context: int, rows: int, device: torc
     Returns ``(nats, tokens scored)``. A window knows nothing of the one before, so this is an upper bound of what the
     model can do.
     """
-    stream = torch.from_numpy(corpus.tokens.astype("int64"))
+    stream = torch.from_numpy(corpus.tokens[:].astype("int64"))
     whole = (len(stream) - 1) // context
     total = 0.0
     for first in range(0, whole, rows):
