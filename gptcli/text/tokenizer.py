@@ -11,7 +11,7 @@ import contextlib
 import os
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,7 +54,8 @@ class Tokenizer:
         self._unmerged = vocabulary.unmerged if vocabulary else {}
         self._special = {text: self._id(rank) for text, rank in encoding._special_tokens.items()}
         self._all_marks = _alternatives(self._special)
-        self._always_marks = _alternatives(vocabulary.always if vocabulary else ())
+        self._always = vocabulary.always if vocabulary else ()
+        self._always_marks = _alternatives(self._always)
         # Where the file says so; None asks the caller to look into config.json.
         self.start_id = vocabulary.start_id if vocabulary else None
         self._streams = _streams(encoding._pat_str) and not any(" " in text or "\n" in text for text in self._special)
@@ -121,8 +122,9 @@ class Tokenizer:
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """The token ids of ``text``; with ``special`` the special tokens written out in it become themselves."""
         marks = self._all_marks if special else self._always_marks
-        if marks is None:
-            return self._encode_plain(text)
+        return self._encode_plain(text) if marks is None else self._encode_marked(text, marks)
+
+    def _encode_marked(self, text: str, marks: re.Pattern[str]) -> list[int]:
         ids: list[int] = []
         end = 0
         for mark in marks.finditer(text):
@@ -134,6 +136,31 @@ class Tokenizer:
     def _encode_plain(self, text: str) -> list[int]:
         ranks = self._encoding.encode_ordinary(text)
         return ranks if self._ids is None else [self._ids[rank] for rank in ranks]
+
+    @property
+    def ids_of_ranks(self) -> dict[int, int] | None:
+        """tiktoken's rank of a token -> its id; None where the two are the same."""
+        return None if self._ids is None else dict(self._ids)
+
+    def encode_ranks(self, text: str, allowed: Set[str] = frozenset()) -> Any:
+        """tiktoken's ranks (not ids) of ``text``, ``[N]``: a NumPy uint32 array, without a Python integer a token.
+
+        Of the special tokens written out in the text, those in ``allowed`` become themselves, and those that are
+        matched in any text. For bulk work: it leaves NumPy and the step to ids to the caller.
+        """
+        if self._always_marks is not None and self._always_marks.search(text):
+            marks = _alternatives([*allowed, *self._always])
+            assert marks is not None
+            ids = self._encode_marked(text, marks)
+            return ids if self._ranks is None else [self._ranks[id_] for id_ in ids]
+        try:
+            return self._encoding.encode_to_numpy(text, allowed_special=allowed, disallowed_special=())
+        except UnicodeEncodeError:
+            return self.encode_ranks(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), allowed)
+
+    def safe_cut(self, text: str) -> int:
+        """The last place where ``text`` may be cut, whatever follows, without moving a token border; 0: not known."""
+        return _safe_cut(text) if self._streams else 0
 
     def encode_batch(
         self, texts: Sequence[str], *, special: bool = False, threads: int | None = None

@@ -1,4 +1,4 @@
-"""Training data: documents to one stream of tokens, the stream to batches.
+"""Training data: one stream of tokens, the stream to batches.
 
 Documents are packed one after the other, each behind the start token. The batch of a step is a pure function of
 (seed, step): nothing to store, nothing to lose.
@@ -7,7 +7,8 @@ Documents are packed one after the other, each behind the start token. The batch
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -15,46 +16,79 @@ import numpy.typing as npt
 from gptcli.errors import UsageError
 from gptcli.text.tokenizer import Tokenizer
 from gptcli.train.documents import SEPARATOR
+from gptcli.train.encode import Encoder, Ids, cores, utf8_length
+from gptcli.train.shards import Tokens, between
+
+# A target that nothing is to be learnt from; cross entropy's usual mark for it.
+IGNORED = -100
+
+# Windows up to which a pass has a table of its order, 8 bytes each; beyond, the order is computed.
+_TABLE = 1 << 24
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents as one stream: ``tokens`` is ``[N]`` uint16 or uint32, each document behind the start token."""
+    """Documents as one stream of tokens ``[N]``, uint16 or uint32.
+
+    Each document stands behind the token ``start_id``, which also ends the stream. ``learnt`` ``[N]`` says of each
+    token whether it is a target (None: all are).
+    """
 
     name: str
-    tokens: npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
+    tokens: Tokens
     documents: int
     text_bytes: int
+    start_id: int = 0
+    learnt: Tokens | None = None
 
 
 def encode_documents(name: str, documents: Iterable[str], tokenizer: Tokenizer, start_id: int) -> Corpus:
-    """Encode documents on all cores into one stream, which also ends with the start token."""
-    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-    start = np.array([start_id], dtype)
-    pieces: list[np.ndarray] = []
+    """Encode documents on all cores into one stream in memory; ``prepare`` is for more than fits there."""
+    encoder = Encoder(tokenizer, start_id)
+    pieces: list[Ids] = []
     count = size = 0
-    for group in _groups(documents):
-        for ids in tokenizer.encode_batch(group):
-            pieces += [start, np.array(ids, dtype)]
-        count += len(group)
-        size += sum(len(document.encode()) for document in group)
+    with ThreadPoolExecutor(cores()) as pool:
+        for group in _groups(documents):
+            parts = list(_groups(group, 1 << 18))
+            pieces += pool.map(encoder.documents, parts)
+            count += len(group)
+            size += sum(map(utf8_length, group))
     if not count:
         raise UsageError(f"there is no text in {name}", "name files that hold some")
-    return Corpus(name, np.concatenate([*pieces, start]), count, size)
+    end: Ids = np.array([start_id], encoder.dtype)
+    return Corpus(name, np.concatenate([*pieces, end]), count, size, start_id)
 
 
 def hold_out_end(corpus: Corpus, tokenizer: Tokenizer, fraction: float = 0.01, least: int = 256) -> list[Corpus]:
     """A stream of too few documents in two: what to train on, and its last tokens to evaluate on.
 
     The end is ``fraction`` of the tokens, but ``least`` of them; alone comes what is too short to give that away.
+    Neither part is copied.
     """
-    size = max(least, round(fraction * len(corpus.tokens)))
-    if len(corpus.tokens) < 10 * size:
+    length = len(corpus.tokens)
+    size = max(least, round(fraction * length))
+    if length < 10 * size:
         return [corpus]
-    cut = len(corpus.tokens) - size
-    held_bytes = len(tokenizer.decode_bytes(int(id_) for id_ in corpus.tokens[cut + 1 : -1]))
-    rest = Corpus(corpus.name, corpus.tokens[: cut + 1], corpus.documents, corpus.text_bytes - held_bytes)
-    return [rest, Corpus("held out", corpus.tokens[cut:], 1, held_bytes)]
+    cut = length - size
+    # Bytes of each id, so that gigabytes are counted without a step for each token; the start token is no text.
+    sizes = np.array([len(tokenizer.token_bytes(id_)) for id_ in range(tokenizer.vocab_size)])
+    sizes[corpus.start_id] = 0
+    held_bytes = starts = 0
+    for first in range(cut + 1, length - 1, 1 << 20):
+        ids = corpus.tokens[first : min(first + (1 << 20), length - 1)]
+        held_bytes += int(sizes[ids].sum())
+        starts += int((ids == corpus.start_id).sum())
+    parts = []
+    for first, last, name, documents, text_bytes in (
+        (0, cut + 1, corpus.name, corpus.documents - starts, corpus.text_bytes - held_bytes),
+        (cut, length, "held out", 1 + starts, held_bytes),
+    ):
+        learnt = None if corpus.learnt is None else between(corpus.learnt, first, last)
+        tokens = between(corpus.tokens, first, last)
+        parts.append(
+            replace(corpus, name=name, tokens=tokens, documents=documents, text_bytes=text_bytes, learnt=learnt)
+        )
+    return parts
 
 
 def _groups(documents: Iterable[str], characters: int = 1 << 23) -> Iterator[list[str]]:
@@ -71,34 +105,98 @@ def _groups(documents: Iterable[str], characters: int = 1 << 23) -> Iterator[lis
         yield group
 
 
+@dataclass(frozen=True)
+class Batch:
+    """Windows side by side, ``[B, T]`` each.
+
+    Attributes:
+        ids: int64.
+        targets: int64, the ids that follow; IGNORED where nothing is to be learnt.
+        documents: int32, the number of the document that each id belongs to, from 0 in each row; a start token opens
+            the document behind it. None unless asked for.
+    """
+
+    ids: npt.NDArray[np.int64]
+    targets: npt.NDArray[np.int64]
+    documents: npt.NDArray[np.int32] | None = None
+
+
 class Batches:
     """Batches of windows over a stream: each pass takes every window once, in an order and at a phase of its own."""
 
-    def __init__(self, tokens: npt.NDArray[np.uint16] | npt.NDArray[np.uint32], rows: int, context: int, seed: int):
+    def __init__(self, corpus: Corpus, rows: int, context: int, seed: int, *, mask_documents: bool = False) -> None:
         """``rows`` windows of ``context`` tokens a batch. Raises UsageError when the stream holds no whole window."""
-        self._windows = (len(tokens) - 1) // context - 1  # the phase takes up to one window
+        length = len(corpus.tokens)
+        self._windows = (length - 1) // context - 1  # the phase takes up to one window
         if self._windows < 1:
             raise UsageError(
-                f"the training text is {len(tokens):,} tokens: too few for windows of {context}",
+                f"the training text is {length:,} tokens: too few for windows of {context}",
                 "use more text or a smaller --context",
             )
-        self._tokens, self._rows, self._context, self._seed = tokens, rows, context, seed
-        self._pass = (-1, np.empty(0, np.int64), 0)
+        self._corpus, self._rows, self._context, self._seed = corpus, rows, context, seed
+        self._mask_documents = mask_documents
+        self._pass: tuple[int, npt.NDArray[np.int64] | _Shuffle, int] = (-1, np.empty(0, np.int64), 0)
 
-    def at(self, step: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """The batch of a step: ids and the ids that follow them, each ``[rows, context]`` int64."""
-        first = step * self._rows
-        starts = [self._start(sample) for sample in range(first, first + self._rows)]
-        windows = np.stack([self._tokens[s : s + self._context + 1].astype(np.int64) for s in starts])
-        return windows[:, :-1], windows[:, 1:]
+    def at(self, step: int, rank: int = 0, ranks: int = 1) -> Batch:
+        """The batch of a step, a pure function of (seed, step); of several ranks each takes its rows, in their order.
+
+        ``rows`` should divide into ``ranks``.
+        """
+        first, last = (step * self._rows + self._rows * part // ranks for part in (rank, rank + 1))
+        starts = [self._start(sample) for sample in range(first, last)]
+        windows = self._rows_of(self._corpus.tokens, starts).astype(np.int64)  # [B, T + 1]
+        ids, targets = windows[:, :-1], windows[:, 1:]
+        if self._corpus.learnt is not None:
+            learnt = self._rows_of(self._corpus.learnt, starts)[:, 1:]
+            targets = np.where(learnt.astype(bool), targets, IGNORED)
+        return Batch(ids, targets, self._documents(ids) if self._mask_documents else None)
+
+    def _rows_of(self, tokens: Tokens, starts: list[int]) -> npt.NDArray[np.integer]:
+        return np.stack([tokens[start : start + self._context + 1] for start in starts])
+
+    def _documents(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
+        opens = ids == self._corpus.start_id
+        opens[:, 0] = False
+        return opens.cumsum(axis=1, dtype=np.int32)
 
     def _start(self, sample: int) -> int:
         number, place = divmod(sample, self._windows)
         if self._pass[0] != number:
             random = np.random.Generator(np.random.PCG64([self._seed, number]))
-            self._pass = (number, random.permutation(self._windows), int(random.integers(self._context)))
+            table = self._windows <= _TABLE
+            order = random.permutation(self._windows) if table else _Shuffle(self._windows, random)
+            self._pass = (number, order, int(random.integers(self._context)))
         _, order, phase = self._pass
         return int(order[place]) * self._context + phase
+
+
+class _Shuffle:
+    """A random order of ``range(count)`` in no memory: a Feistel network, walked until it is back below ``count``.
+
+    Source: Black and Rogaway 2002, "Ciphers with arbitrary finite domains", the generalized Feistel and cycle walking.
+    """
+
+    def __init__(self, count: int, random: np.random.Generator) -> None:
+        self._count = count
+        self._bits = -(-(count - 1).bit_length() // 2)
+        self._keys = [int(key) for key in random.integers(1 << 63, size=6)]
+
+    def __getitem__(self, place: int) -> int:
+        mask = (1 << self._bits) - 1
+        while True:
+            left, right = place >> self._bits, place & mask
+            for key in self._keys:
+                left, right = right, left ^ (_mix(right ^ key) & mask)
+            place = left << self._bits | right
+            if place < self._count:
+                return place
+
+
+def _mix(value: int) -> int:
+    """Spreads each bit over 64. Source: the finalizer of SplitMix64 (Steele, Lea and Flood 2014)."""
+    value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+    value = (value ^ value >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+    return value ^ value >> 31
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> bytes:

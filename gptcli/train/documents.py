@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
-import io
 import itertools
 import json
 import lzma
 import sys
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -47,15 +47,19 @@ def files_of(path: str) -> list[str]:
 
 
 def _is_text(file: Path) -> bool:
-    return _unpacked_suffix(file) in TEXT_SUFFIXES and not any(part.startswith(".") for part in file.parts)
+    return unpacked_suffix(file) in TEXT_SUFFIXES and not any(part.startswith(".") for part in file.parts)
 
 
+<<<<<<< HEAD
 def is_json_lines(path: str) -> bool:
     """Whether a file is JSON lines, packed or not, by its name."""
     return path != "-" and _unpacked_suffix(Path(path)) == ".jsonl"
 
 
 def _unpacked_suffix(file: Path) -> str:
+=======
+def unpacked_suffix(file: Path) -> str:
+>>>>>>> data
     """``.jsonl`` of ``a.jsonl.xz``."""
     return file.with_suffix("").suffix if file.suffix in PACKED_SUFFIXES else file.suffix
 
@@ -68,7 +72,11 @@ def read_documents(path: str, *, field: str = "text") -> Iterator[str]:
     and ``.zst`` are unpacked. Raises NotFoundError without the file, CorruptError for bytes that are not UTF-8 (with
     their offset), a line that is no such object (with its number) or a broken archive.
     """
+<<<<<<< HEAD
     if is_json_lines(path):
+=======
+    if path != "-" and unpacked_suffix(Path(path)) == ".jsonl":
+>>>>>>> data
         yield from _json_lines(path, field)
         return
     parts: list[str] = []  # of the document that is being read
@@ -78,9 +86,9 @@ def read_documents(path: str, *, field: str = "text") -> Iterator[str]:
         first, *others = (seam + text).split(SEPARATOR)
         parts += _with_seam(first) if not others else [first]
         for following in others:
-            yield from _document("".join(parts))
+            yield from tidy("".join(parts))
             parts = [following]
-    yield from _document("".join(parts))
+    yield from tidy("".join(parts))
 
 
 def _with_seam(text: str) -> list[str]:
@@ -89,12 +97,14 @@ def _with_seam(text: str) -> list[str]:
     return [text[:place], text[place:]]
 
 
-def _document(text: str) -> Iterator[str]:
-    if text.strip():
+def tidy(text: str) -> Iterator[str]:
+    """What stands between two separators as a document: without the line breaks that are theirs; none if blank."""
+    if text and not text.isspace():
         yield text.removeprefix("\n").removesuffix("\n")
 
 
 def _json_lines(path: str, field: str) -> Iterator[str]:
+<<<<<<< HEAD
     for number, line in enumerate(lines_of(path), 1):
         if not line.strip():
             continue
@@ -107,6 +117,25 @@ def _json_lines(path: str, field: str) -> Iterator[str]:
             raise CorruptError(message, "correct the line, or name its field with --field")
         if text.strip():
             yield text
+=======
+    for number, line in enumerate(_lines(path), 1):
+        yield from json_text(line, field, path, number)
+
+
+def json_text(line: str, field: str, path: str, number: int) -> Iterator[str]:
+    """The document of a line of ``.jsonl``; none if it is blank. Raises CorruptError that names the line."""
+    if not line.strip():
+        return
+    try:
+        text = json.loads(line)[field]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        text = None
+    if not isinstance(text, str):
+        message = f"{path} line {number} is not an object with a text under {field!r}"
+        raise CorruptError(message, "correct the line, or name its field with --field")
+    if text.strip():
+        yield text
+>>>>>>> data
 
 
 def lines_of(path: str) -> Iterator[str]:
@@ -123,13 +152,31 @@ def lines_of(path: str) -> Iterator[str]:
 
 def _read_text(path: str) -> Iterator[str]:
     """A file's text in pieces."""
-    if path == "-":
-        yield from _decode(sys.stdin.buffer, "stdin")
-        return
-    openers: dict[str, Any] = {".xz": lzma.open, ".gz": gzip.open, ".zst": _Zstandard}
+    return _decode((block for block, _ in read_blocks(path)), "stdin" if path == "-" else path)
+
+
+def read_blocks(path: str, file: BinaryIO | None = None, start: int = 0) -> Iterator[tuple[bytes, int]]:
+    """The unpacked bytes of a file from ``start`` on, in blocks, each with the bytes of the file read by then.
+
+    ``file`` is read where ``path`` only names what it holds; ``-`` is standard input. Raises as ``read_documents``.
+    """
     try:
-        with openers.get(Path(path).suffix, open)(path, "rb") as stream:
-            yield from _decode(stream, path)
+        with contextlib.ExitStack() as stack:
+            tells = file is not None or path != "-"  # a pipe doesn't
+            if file is None:
+                file = sys.stdin.buffer if path == "-" else stack.enter_context(open(path, "rb"))
+            unpack = _UNPACK.get(Path(path).suffix)
+            if unpack is None and start:
+                file.seek(start)
+                start = 0
+            stream = unpack(file) if unpack else file
+            read = 0
+            while block := stream.read(_READ):
+                # Packed files can't be entered in the middle; unpacking is far faster than what is done with the text.
+                skipped, start = block[start:], max(0, start - len(block))
+                read = file.tell() if tells else read + len(block)
+                if skipped:
+                    yield skipped, read
     except FileNotFoundError:
         raise NotFoundError(f"there is no {path}", "check the path") from None
     except (lzma.LZMAError, EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -141,23 +188,17 @@ def _read_text(path: str) -> Iterator[str]:
 class _Zstandard:
     """Unpacks a ``.zst`` file of one frame or several; a frame cut short or damaged is an EOFError, as in ``.xz``."""
 
-    def __init__(self, path: str, mode: str) -> None:
+    def __init__(self, file: BinaryIO) -> None:
         try:
             import zstandard
         except ImportError:
             hint = "pip install zstandard, or unpack the file"
-            raise UsageError(f"reading {path} needs the zstandard library", hint) from None
-        self._file = open(path, mode)  # noqa: SIM115
+            raise UsageError("reading .zst files needs the zstandard library", hint) from None
+        self._file = file
         self._new_frame = zstandard.ZstdDecompressor().decompressobj
         self._error = zstandard.ZstdError
         self._frame: Any = None
         self._left = b""
-
-    def __enter__(self) -> _Zstandard:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
 
     def read(self, size: int) -> bytes:
         data = b""
@@ -177,20 +218,37 @@ class _Zstandard:
         return data
 
 
-def _decode(stream: BinaryIO | io.BufferedIOBase, name: str) -> Iterator[str]:
+_UNPACK: dict[str, Callable[[BinaryIO], Any]] = {
+    ".xz": lzma.LZMAFile,
+    ".gz": lambda file: gzip.GzipFile(fileobj=file, mode="rb"),
+    ".zst": _Zstandard,
+}
+
+
+def _decode(blocks: Iterable[bytes], name: str) -> Iterator[str]:
     offset, rest = 0, b""
-    while block := stream.read(_READ):
+    for block in blocks:
         data = rest + block
         try:
             text, rest = data.decode("utf-8"), b""
         except UnicodeDecodeError as error:
             if error.reason != "unexpected end of data":
-                raise CorruptError(f"{name} is not UTF-8 at byte {offset + error.start}", "convert it first") from None
+                raise not_utf8(name, offset + error.start) from None
             text, rest = data[: error.start].decode("utf-8"), data[error.start :]
         offset += len(data) - len(rest)
         yield text
     if rest:
-        raise CorruptError(f"{name} ends within a character, at byte {offset}", "the file may be cut short")
+        raise ends_early(name, offset)
+
+
+def not_utf8(name: str, offset: int) -> CorruptError:
+    """What to raise for a byte that is no UTF-8."""
+    return CorruptError(f"{name} is not UTF-8 at byte {offset}", "convert it first")
+
+
+def ends_early(name: str, offset: int) -> CorruptError:
+    """What to raise for a last character that is not all there."""
+    return CorruptError(f"{name} ends within a character, at byte {offset}", "the file may be cut short")
 
 
 def is_held_out(document: str, fraction: float) -> bool:

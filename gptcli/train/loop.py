@@ -17,8 +17,8 @@ from gptcli.core.model import Transformer
 from gptcli.errors import DivergedError, UsageError
 from gptcli.spec.plan import flops_per_token
 from gptcli.train import fit, state
-from gptcli.train.data import Batch, Batches, Corpus
-from gptcli.train.loss import IGNORED, Objective
+from gptcli.train.data import IGNORED, Batch, Batches, Corpus
+from gptcli.train.loss import Objective
 from gptcli.train.optim import Kind, Optimizers, schedule
 from gptcli.train.ranks import Part, Ranks
 from gptcli.train.state import Checkpoint

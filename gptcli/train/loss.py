@@ -9,9 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from gptcli.core.model import Transformer
-
-# A target that is not to be learnt.
-IGNORED = -100
+from gptcli.train.data import IGNORED
 
 # Logits of one chunk, in elements: on a CPU they stay in its cache, on a GPU they keep every multiprocessor busy.
 _CHUNK = {"cpu": 1 << 21, "cuda": 1 << 28}

@@ -191,7 +191,8 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path: Path, monk
 
 def test_the_loss_is_the_mean_over_the_batch_before_the_update(tmp_path: Path) -> None:
     one = model()
-    ids, targets = (torch.from_numpy(part) for part in loop.Batches(corpus().tokens, 4, CONTEXT, 5).at(0))
+    batch = loop.Batches(corpus(), 4, CONTEXT, 5).at(0)
+    ids, targets = torch.from_numpy(batch.ids), torch.from_numpy(batch.targets)
     expected = F.cross_entropy(one(ids).flatten(0, 1), targets.flatten())
     expected.backward()
     norm = math.sqrt(sum(float(p.grad.square().sum()) for p in one.parameters() if p.grad is not None))
