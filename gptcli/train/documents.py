@@ -50,16 +50,12 @@ def _is_text(file: Path) -> bool:
     return unpacked_suffix(file) in TEXT_SUFFIXES and not any(part.startswith(".") for part in file.parts)
 
 
-<<<<<<< HEAD
 def is_json_lines(path: str) -> bool:
     """Whether a file is JSON lines, packed or not, by its name."""
-    return path != "-" and _unpacked_suffix(Path(path)) == ".jsonl"
+    return path != "-" and unpacked_suffix(Path(path)) == ".jsonl"
 
 
-def _unpacked_suffix(file: Path) -> str:
-=======
 def unpacked_suffix(file: Path) -> str:
->>>>>>> data
     """``.jsonl`` of ``a.jsonl.xz``."""
     return file.with_suffix("").suffix if file.suffix in PACKED_SUFFIXES else file.suffix
 
@@ -72,11 +68,7 @@ def read_documents(path: str, *, field: str = "text") -> Iterator[str]:
     and ``.zst`` are unpacked. Raises NotFoundError without the file, CorruptError for bytes that are not UTF-8 (with
     their offset), a line that is no such object (with its number) or a broken archive.
     """
-<<<<<<< HEAD
     if is_json_lines(path):
-=======
-    if path != "-" and unpacked_suffix(Path(path)) == ".jsonl":
->>>>>>> data
         yield from _json_lines(path, field)
         return
     parts: list[str] = []  # of the document that is being read
@@ -104,21 +96,7 @@ def tidy(text: str) -> Iterator[str]:
 
 
 def _json_lines(path: str, field: str) -> Iterator[str]:
-<<<<<<< HEAD
     for number, line in enumerate(lines_of(path), 1):
-        if not line.strip():
-            continue
-        try:
-            text = json.loads(line)[field]
-        except (ValueError, LookupError, TypeError, RecursionError):
-            text = None
-        if not isinstance(text, str):
-            message = f"{path} line {number} is not an object with a text under {field!r}"
-            raise CorruptError(message, "correct the line, or name its field with --field")
-        if text.strip():
-            yield text
-=======
-    for number, line in enumerate(_lines(path), 1):
         yield from json_text(line, field, path, number)
 
 
@@ -135,7 +113,6 @@ def json_text(line: str, field: str, path: str, number: int) -> Iterator[str]:
         raise CorruptError(message, "correct the line, or name its field with --field")
     if text.strip():
         yield text
->>>>>>> data
 
 
 def lines_of(path: str) -> Iterator[str]:
