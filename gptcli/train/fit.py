@@ -101,7 +101,9 @@ def _largest(objective: nn.Module, rows: int, saving: bool) -> int | None:
     tried = rows
     while True:
         try:
-            _pass(objective, tried)
+            # Where there are several parts to a step, the second is beside the gradients of the first.
+            for _ in range(1 if tried == rows else 2):
+                _pass(objective, tried)
             return tried
         except torch.OutOfMemoryError:
             if tried == 1:
@@ -150,6 +152,6 @@ def _compiling_pays(objective: nn.Module, rows: int, saving: bool) -> bool:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Floating-point operations a second that the device is capable of: of a known GPU by its data sheet, else measured."""
+    """Floating-point operations a second that the device is capable of: a known GPU's by its data sheet, else measured."""
     known: Callable[[], float | None] = partial(runtime.sheet_flops, device, dtype)
     return known() or runtime.measured_flops(device, dtype)
