@@ -32,7 +32,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
     """
     if _in_blocks(query, key, value, mask):
         # Autocast leaves what was rotated in float32 beside values in bfloat16.
-        gathered: Tensor = _BlockedCausal.apply(query.to(value.dtype), key.to(value.dtype), value)
+        query, key = query.to(value.dtype), key.to(value.dtype)
+        gathered: Tensor = _BlockedCausal.apply(query, key, value)  # type: ignore[no-untyped-call]
         return gathered
     return F.scaled_dot_product_attention(
         query,
@@ -51,7 +52,7 @@ def _in_blocks(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> bool:
 
 
 class _BlockedCausal(torch.autograd.Function):
-    """Causal attention for training on a CPU: plain matrix products, a block of queries with the keys up to it at a time.
+    """Causal attention for training on a CPU: plain matrix products, a block of queries with the keys up to it.
 
     torch's fused kernel computes tile by tile without the matrix unit's full rate; these products run at it, forward
     and backward together in less than half the time. The price is memory: the patterns are kept for the backward pass,

@@ -45,7 +45,7 @@ def cross_entropy(vectors: Tensor, unembedding: Tensor, targets: Tensor) -> Tens
     """
     if not torch.is_grad_enabled():  # parameters require gradients even then, and would get them
         vectors, unembedding = vectors.detach(), unembedding.detach()
-    loss: Tensor = _ChunkedCrossEntropy.apply(vectors, unembedding, targets)
+    loss: Tensor = _ChunkedCrossEntropy.apply(vectors, unembedding, targets)  # type: ignore[no-untyped-call]
     return loss
 
 

@@ -207,7 +207,8 @@ def keep_metrics_until(file: Path, step: int) -> None:
     if not file.exists():
         return
     with output_errors(file):
-        lines, end = [], 0
+        lines: list[str] = []
+        end = 0
         for line in file.read_text(errors="replace").splitlines():
             with contextlib.suppress(ValueError, AttributeError, TypeError):
                 reached = json.loads(line).get("step", 0)
