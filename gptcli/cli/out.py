@@ -71,6 +71,11 @@ class Output:
         self.json = json_ or format == "json"
         self.quiet, self.verbose, self.color = quiet, verbose, color
 
+    def silence(self) -> None:
+        """Say nothing from now on but errors: another process speaks for this one."""
+        self.quiet, self.verbose, self.json = True, False, False
+        self.stdout = open(os.devnull, "w")  # noqa: SIM115
+
     @property
     def on_terminal(self) -> bool:
         """Whether a person reads stdout directly."""

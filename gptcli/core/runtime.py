@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import re
 import secrets
 import time
@@ -105,6 +106,13 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(mmap_threshold, 1 << 30)
         mallopt(trim_threshold, most)
+
+
+def cards() -> tuple[int, int]:
+    """How many GPUs this machine has and the bytes of one, or 1 and the machine's memory where there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.device_count(), torch.cuda.get_device_properties(0).total_memory
+    return 1, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 # Dense bf16 operations a second by the makers' data sheets, by a part of the device's name.

@@ -30,6 +30,17 @@ class Ranks:
     kind = "none"
     rank = 0
     count = 1
+    device: torch.device | None = None  # the rank's own, where there are several
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """The end of working together."""
+
+    def agree(self, value: int) -> int:
+        """Rank 0's value, on every rank."""
+        return value
 
     def wrap(self, objective: nn.Module) -> nn.Module:
         """The module to call in its place. Its parameters may be other objects than before."""
@@ -63,3 +74,8 @@ class Ranks:
 
     def wait(self) -> None:
         """Until every rank is here."""
+
+
+def join(device: str) -> Ranks:
+    """The ranks that this process belongs to."""
+    return Ranks()
