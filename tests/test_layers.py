@@ -33,7 +33,7 @@ MAY_KNOW = {
     "__main__": {"cli"},
 }
 TENSOR_LIBRARIES = {"torch", "numpy", "safetensors"}
-HEAVY = {"torch", "numpy", "safetensors", "huggingface_hub", "transformers"}
+HEAVY = {"torch", "numpy", "safetensors", "huggingface_hub", "transformers", "matplotlib"}
 
 
 class Import(NamedTuple):
