@@ -109,7 +109,9 @@ def train(
     parallel: Annotated[
         str, typer.Option("--parallel", metavar="WAY", help="Under torchrun: auto, ddp or fsdp.")
     ] = "auto",
-    plan: Annotated[bool, typer.Option("--plan", help="Only say what each rank would hold, and whether it fits.")] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Only say what each rank would hold, and whether it fits.")
+    ] = False,
     gpus: Annotated[
         str | None, typer.Option("--gpus", metavar="CARDS", help="With --plan: cards and their memory, as 8x141GB.")
     ] = None,

@@ -73,9 +73,7 @@ def read_corpora(
     return corpora
 
 
-def _read_texts(
-    said: Output, asked: Asked, words: Tokenizer, files: dict[str, bytes], start_id: int
-) -> list[Corpus]:
+def _read_texts(said: Output, asked: Asked, words: Tokenizer, files: dict[str, bytes], start_id: int) -> list[Corpus]:
     from dataclasses import replace
 
     from gptcli.cli.caches import token_cache

@@ -242,9 +242,7 @@ def _train(said: Output, asked: Asked, seed: int, out: Path, resumed: Resumed | 
 def _claim(out: Path, force: bool, ranks: Ranks) -> None:
     """Refuse a folder that holds a model or a run, unless told to replace it."""
     taken = [
-        name
-        for name in ("config.json", "metrics.jsonl", "model.safetensors", "checkpoints")
-        if (out / name).exists()
+        name for name in ("config.json", "metrics.jsonl", "model.safetensors", "checkpoints") if (out / name).exists()
     ]
     ranks.wait()  # nobody has written yet
     if taken and not force:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from contextlib import AbstractContextManager
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,9 +66,7 @@ class Ranks:
         """This rank's own part of a tensor, sharing its memory."""
         return Part(tensor, 0, len(tensor) if tensor.dim() else 1)
 
-    def save_folder(
-        self, model: Transformer, out: Path, dtype: torch.dtype, files: Mapping[str, bytes]
-    ) -> None:
+    def save_folder(self, model: Transformer, out: Path, dtype: torch.dtype, files: Mapping[str, bytes]) -> None:
         """Write the model folder, whole."""
         save_folder(model, out, dtype=dtype, files=files)
 
