@@ -296,7 +296,7 @@ def _model(asked: Asked, words: Tokenizer, start_id: int, seed: int) -> tuple[An
 
 
 def _size(asked: Asked, vocab_size: int | None, start_id: int | None) -> ModelConfig:
-    """The size to train: from one preset or file, or from its four numbers; with a vocabulary, unless it has its own."""
+    """The size to train: from one preset or file, or its four numbers; with a vocabulary, or the preset's own."""
     from gptcli.spec.config import read_config
     from gptcli.spec.presets import read_preset
 

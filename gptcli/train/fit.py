@@ -150,6 +150,6 @@ def _compiling_pays(objective: nn.Module, rows: int, saving: bool) -> bool:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Floating-point operations a second that the device is capable of: of a known GPU by its data sheet, else measured."""
+    """Operations a second that the device is capable of: of a known GPU by its data sheet, else measured."""
     known: Callable[[], float | None] = partial(runtime.sheet_flops, device, dtype)
     return known() or runtime.measured_flops(device, dtype)
