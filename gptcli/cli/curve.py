@@ -65,7 +65,9 @@ def paint(
     """
     lines = [_clean(points, log_x) for points in series.values()]
     symbols = _symbols(list(series), marks, unicode)
-    head = _head(title, [_fit(name, width - 4) for name in series], symbols, width, most=max(1, height // 4))
+    more = "…" if unicode else "~"
+    names = [_fit(name, width - 4, more) for name in series]
+    head = _head(_fit(title, width, more), names, symbols, width, max(1, height // 4), more)
     rows = max(1, height - len(head) - 2)
     if not any(lines):
         text = "nothing to draw yet"[: max(0, width)]
@@ -98,18 +100,22 @@ def paint(
 
 
 def smoothed(points: Sequence[Point], window: int) -> list[Point]:
-    """The mean over ``window`` points around each (an even one counts as one less), over fewer towards the ends.
+    """The mean over ``window`` points around each (an even one counts as one less); points without a value go.
 
-    Points without a value are left out.
+    Over fewer at the ends: at the start, where a run falls steeply, as many on either side; at the end, where a few
+    would make it tremble, those that are there.
     """
     kept = [(x, y) for x, y in points if y is not None and math.isfinite(y)]
+    if window < 3:
+        return list(kept)
     sums = [0.0]
     for _, y in kept:
         sums.append(sums[-1] + y)
     result: list[Point] = []
     for place, (x, _) in enumerate(kept):
-        reach = min((window - 1) // 2, place, len(kept) - 1 - place)
-        result.append((x, (sums[place + reach + 1] - sums[place - reach]) / (2 * reach + 1)))
+        reach = min((window - 1) // 2, place)
+        first, last = place - reach, min(place + reach + 1, len(kept))
+        result.append((x, (sums[last] - sums[first]) / (last - first)))
     return result
 
 
@@ -325,7 +331,9 @@ def _symbols(names: Sequence[str], marks: Collection[str], unicode: bool) -> lis
     return [_MARKS[next(order) % len(_MARKS)] if name in marks else "━" for name in names]
 
 
-def _head(title: str, names: Sequence[str], symbols: Sequence[str], width: int, most: int) -> list[list[Piece]]:
+def _head(
+    title: str, names: Sequence[str], symbols: Sequence[str], width: int, most: int, more: str
+) -> list[list[Piece]]:
     """The title with the legend at its right; where that is too narrow, the legend on lines of its own."""
     items = [(f"{symbol} {name}", number) for number, (symbol, name) in enumerate(zip(symbols, names, strict=True))]
     lengths = [_cells(text) for text, _ in items]
@@ -335,12 +343,12 @@ def _head(title: str, names: Sequence[str], symbols: Sequence[str], width: int, 
         for text, number in items:
             line += [Piece(text, number), Piece("  ")]
         return [line[:-1]]
-    lines: list[list[Piece]] = [[Piece(_fit(title, width))]] if title else []
+    lines: list[list[Piece]] = [[Piece(title)]] if title else []
     used = width
     for (text, number), length in zip(items, lengths, strict=True):
         if used + 2 + length > width:
             if len(lines) >= max(most, 1 + bool(title)):
-                lines[-1].append(Piece(" …" if used + 2 <= width else ""))
+                lines[-1].append(Piece(f" {more}" if used + 2 <= width else ""))
                 break
             lines.append([Piece(text, number)])
             used = length
@@ -366,7 +374,7 @@ def _foot(
         ticks = _log_ticks(low, high)
         labels = _time_labels([10**tick for tick in ticks]) if seconds else [human(10**tick) for tick in ticks]
     else:
-        ticks = _ticks(low, high, max(2, columns // 9), least=1.0, seconds=seconds)
+        ticks = _ticks(low, high, min(12, max(2, columns // 9)), least=1.0, seconds=seconds)
         labels = _time_labels(ticks) if seconds else _labels(ticks)
     corner, rule, tick = ("└", "─", "┬") if unicode else ("+", "-", "+")
     axis, below = [rule] * columns, ""
@@ -399,10 +407,10 @@ def _cells(text: str) -> int:
     return cell_len(text)
 
 
-def _fit(text: str, width: int) -> str:
+def _fit(text: str, width: int, more: str) -> str:
     """``text``, its end left out where it is wider than ``width`` cells."""
     if _cells(text) <= width:
         return text
     from rich.cells import set_cell_size
 
-    return set_cell_size(text, max(0, width - 1)).rstrip() + "…" if width > 0 else ""
+    return set_cell_size(text, max(0, width - 1)).rstrip() + more if width > 0 else ""

@@ -217,11 +217,11 @@ class Output:
                 self._display = None
 
     @contextlib.contextmanager
-    def live(self, picture: Any, *, per_second: float = 2.0) -> Iterator[bool]:
+    def live(self, picture: Any, *, per_second: float = 1.0) -> Iterator[bool]:
         """Keep a rich renderable drawn at the bottom of a person's terminal, on stderr, and take it away at the end.
 
         Yields whether it is drawn at all: not in a pipe, not in JSON, not to a quiet user, not on a dumb terminal.
-        Other talk goes above it.
+        Other talk goes above it. A picture costs some milliseconds that the work below goes without: few a second.
         """
         console = self.console(stderr=True)
         if self.quiet or self.json or not self.talks_to_terminal or console.is_dumb_terminal:

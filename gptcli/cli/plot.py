@@ -260,15 +260,14 @@ def _into_file(
         figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
         axes = figure.add_subplot()
         for number, (name, points) in enumerate(series.items()):
+            xs, ys = [place for place, _ in points], [value or 0.0 for _, value in points]
             style: dict[str, Any] = {"color": f"C{number}"}
             style |= {"marker": "o", "markersize": 4, "linestyle": "none"} if name in marks else {}
             if series[name] != single[name]:
                 axes.plot(*zip(*single[name], strict=True), color=f"C{number}", alpha=0.25, linewidth=0.7)
             label = _line(name)
             label = " " + label if label.startswith("_") else label  # matplotlib hides labels that begin so
-            axes.plot(
-                [place for place, _ in points], [value for _, value in points], label=label, linewidth=1.4, **style
-            )
+            axes.plot(xs, ys, label=label, linewidth=1.4, **style)
         if log_x:
             axes.set_xscale("log")
         if span := sensible_range(single.values(), log_x=log_x):

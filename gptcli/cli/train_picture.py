@@ -98,7 +98,8 @@ class TrainPicture:
             elif kind == "step":
                 self._take_step(event)
             elif kind == "eval":
-                self._evals.append(event)
+                tokens = self.step["tokens"] if self.step else 0  # at first, evaluations did not tell it
+                self._evals.append({"tokens": tokens, **event})
             elif kind == "sample":
                 self._sample = event
             elif kind == "save":
@@ -185,7 +186,7 @@ class TrainPicture:
 
     def _frame(self, console: Console, width: int, height: int) -> list[Text]:
         inner = width - 2  # a column free at either side
-        roomy = height >= 20
+        roomy = height >= 23
         head = self._head(inner)[: 2 if height >= 17 else 1]
         numbers = self._numbers(inner, most=max(4, min(12, height // 4)))
         last = [self._last_line(inner)]
@@ -298,7 +299,7 @@ class TrainPicture:
 
     def _curve(self, width: int, height: int) -> list[Text]:
         points = self._trace.points()
-        evals = [(event.get("tokens") or 0, event["loss"]) for event in self._evals]
+        evals = [(event["tokens"], event["loss"]) for event in self._evals]
         key = (width, height, len(points), points[-1:], len(evals))
         if self._painted is None or self._painted[0] != key:
             series = {TRAINING: points, **({EVALUATION: evals} if evals else {})}

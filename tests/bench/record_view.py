@@ -2,7 +2,7 @@
 
 python tests/bench/record_view.py RUN [--at 0.6] [--width 100] [--height 34] [--output docs/train.svg]
 
-RUN is a folder that gptcli train wrote, or its metrics.jsonl; ``--at`` is the part of it (0 to 1) that is shown as done.
+RUN is a folder that gptcli train wrote, or its metrics.jsonl; ``--at`` is the part of it (0 to 1) that is shown.
 The same metrics give the same bytes, by the same rich.
 """
 
