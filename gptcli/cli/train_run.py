@@ -74,8 +74,9 @@ class Asked:
         def plain(value: Any) -> Any:
             return tuple(value) if isinstance(value, list) else str(value) if isinstance(value, Path) else value
 
-        values = {field.name: plain(params[field.name]) for field in fields(cls)}
-        return cls(**{name: () if name in _LISTS and value is None else value for name, value in values.items()})
+        values: dict[str, Any] = {field.name: plain(params[field.name]) for field in fields(cls)}
+        values |= {name: () for name in _LISTS if values[name] is None}
+        return cls(**values)
 
 
 _LISTS = ("data", "valid", "freeze")
@@ -379,13 +380,17 @@ def _follow(said: Output, events: Iterator[dict[str, Any]], out: Path, history: 
     from gptcli.cli.metrics import read_events
     from gptcli.cli.train_view import TrainView
 
-    with TrainView(said, out, read_events(history) if history and history.exists() else ()) as view:
-        try:
-            for event in events:
-                view.show(event)
-        except KeyboardInterrupt:
-            # If it struck here and not in the loop, the loop has yet to hear of it, and saves.
-            with contextlib.suppress(KeyboardInterrupt, StopIteration):
-                view.show(events.throw(KeyboardInterrupt()))  # type: ignore[attr-defined]
-            said.note(f"stopped; what was learnt so far is in {out}" if view.saved else "stopped before the first step")
-            raise
+    view = TrainView(said, out, read_events(history) if history and history.exists() else ())
+    try:
+        with view:
+            try:
+                for event in events:
+                    view.show(event)
+            except KeyboardInterrupt:
+                # If it struck here and not in the loop, the loop has yet to hear of it, and saves.
+                with contextlib.suppress(KeyboardInterrupt, StopIteration):
+                    view.show(events.throw(KeyboardInterrupt()))  # type: ignore[attr-defined]
+                raise
+    except KeyboardInterrupt:  # the summary is out already
+        said.note(f"stopped; what was learnt so far is in {out}" if view.saved else "stopped before the first step")
+        raise

@@ -33,7 +33,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
     shared = query.shape[1] != key.shape[1]
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
     if learns and isinstance(mask, str) and not shared and query.device.type == "cpu":
-        gathered: Tensor = _BlockedCausal.apply(query, key, value)
+        gathered: Tensor = _BlockedCausal.apply(query, key, value)  # type: ignore[no-untyped-call]
         return gathered
     return F.scaled_dot_product_attention(
         query,

@@ -43,7 +43,7 @@ def cross_entropy(vectors: Tensor, unembedding: Tensor, targets: Tensor) -> Tens
         unembedding: ``[V, C]``.
         targets: ``[N]`` int64; ``IGNORED`` where nothing is to be learnt.
     """
-    loss: Tensor = _ChunkedCrossEntropy.apply(vectors, unembedding, targets)
+    loss: Tensor = _ChunkedCrossEntropy.apply(vectors, unembedding, targets)  # type: ignore[no-untyped-call]
     return loss
 
 
