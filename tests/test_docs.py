@@ -129,6 +129,8 @@ def test_the_examples_are_executed(block: str, tmp_path: Path, tiny_folder: Path
         (tmp_path / name).write_text(story if name != "draft.txt" else "The king had a daughter.")
     (tmp_path / "prompt.txt").write_text("Once upon a time")
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "The king"}\n{"prompt": "The cat", "seed": 3}\n')
+    chat = [{"role": "user", "content": "Who was there?"}, {"role": "assistant", "content": "A king."}]
+    (tmp_path / "chats.jsonl").write_text((json.dumps({"messages": chat}) + "\n") * 50)
     shutil.copytree(tiny_folder, tmp_path / "path" / "to" / "folder")
     quick = block.replace("--minutes 30", "--steps 1 --layers 1 --width 16 --context 32 --batch-tokens 64")
     assert quick == block or "train" in block
