@@ -165,7 +165,7 @@ class _Run:
         self.began = time.perf_counter()
         batch = self._batch(self.step)
         failed = 0  # steps in a row
-        last = self._progress() >= 1.0
+        last = self.step > 0 and self._progress() >= 1.0  # however short the time, one step is made
         while not last:
             event, batch = self._train_step(batch)
             yield event
