@@ -102,8 +102,10 @@ class Group(Ranks):
                 raise KeyboardInterrupt
             self.interrupted = True
 
-        # torchrun tells its processes by SIGTERM, or by what it was told itself.
-        before = {each: signal.signal(each, told) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        # torchrun tells its processes by SIGTERM, or by what it was told itself. What nohup ignores stays ignored.
+        signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        heard = [each for each in signals if signal.getsignal(each) is not signal.SIG_IGN]
+        before = {each: signal.signal(each, told) for each in heard}
         try:
             yield
         finally:
@@ -188,9 +190,11 @@ class FullyShard(Group):
     def whole_model(self, model: Transformer) -> Transformer:
         """Rank 0's copy, on its device where that has room for one more, else on the host."""
         whole = self._brought_together(model, self._dtype)
-        with contextlib.suppress(torch.OutOfMemoryError):
-            if self.rank == 0:
+        if self.rank == 0:
+            try:
                 whole.to(self.device)
+            except torch.OutOfMemoryError:
+                whole.to("cpu")  # what has moved already
         return whole
 
     def save_folder(self, model: Transformer, out: Path, dtype: torch.dtype, files: Mapping[str, bytes]) -> None:
