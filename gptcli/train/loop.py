@@ -90,6 +90,7 @@ def train(
         files: what else belongs into the model folder (the tokenizer).
         sampler: called every ``sample_every`` steps, or at each evaluation where that is None.
         resume: where to go on; as if it had never stopped, to the bit on a CPU with the same torch and threads.
+            Without it the checkpoints of an earlier run in ``out`` are removed.
         options: kept in each checkpoint, for whoever resumes to compare.
         ranks: the processes that train together; every one of them runs this, and rank 0 writes.
 
@@ -104,6 +105,8 @@ def train(
         run.resumed = True
         if ranks.rank == 0:
             state.keep_metrics_until(out / METRICS, resume.step)
+    elif ranks.rank == 0:
+        state.remove_checkpoints(out)
     with (out / METRICS if ranks.rank == 0 else Path("/dev/null")).open("a" if resume else "w") as metrics:
         yield from run.events(metrics)
 
