@@ -17,6 +17,7 @@ from tests.cli.conftest import SIZE, Run
 from tests.cli.training import TEXT, checkpoint_names, course, events, lines, metrics, of_kind, refused, weights
 from tests.conftest import ROOT
 
+SHORT = ("--steps", "8", "--seed", "5", "--eval-every", "2")
 Interrupt = Callable[[int | None], None]
 
 
@@ -53,7 +54,7 @@ def test_a_killed_run_goes_on_to_the_bit(train: Run, text: Path, tmp_path: Path,
 def stopped(train: Run, text: Path, tmp_path: Path, interrupt_at: Interrupt) -> Path:
     """A run of 8 steps that was stopped behind the third, in ``tmp_path/out``."""
     interrupt_at(3)
-    done = train(text, "--steps", "8", "--seed", "5", "--eval-every", "2", "--keep", "3")
+    done = train(text, *SHORT, "--keep", "3", "--valid", text)
     interrupt_at(None)
     assert done.code == 130
     return tmp_path / "out"
@@ -64,14 +65,14 @@ def test_the_folder_alone_is_enough_to_go_on(train: Run, run: Run, stopped: Path
     assert (done.code, done.out) == (0, f"{stopped}\n".encode())
     assert b"note: on from step 3: " in done.err
     assert b"note: seed" not in done.err
-    events(train(text, "--steps", "8", "--seed", "5", "--eval-every", "2", "-o", tmp_path / "whole"))
+    events(train(text, *SHORT, "--valid", text, "-o", tmp_path / "whole"))
     assert weights(stopped) == weights(tmp_path / "whole")
     assert course(stopped) == course(tmp_path / "whole")
     assert [event["step"] for event in of_kind("eval", metrics(stopped))] == [2, 4, 6, 8]
 
 
 def test_the_same_command_goes_on_too(train: Run, stopped: Path, text: Path) -> None:
-    told = events(train(text, "--steps", "8", "--seed", "5", "--eval-every", "2", "--resume"))
+    told = events(train(text, *SHORT, "--valid", text, "--resume"))
     assert [event["step"] for event in of_kind("step", told)] == [4, 5, 6, 7, 8]
 
 
@@ -153,18 +154,7 @@ def test_options_that_changed_are_named(train: Run, stopped: Path) -> None:
 
 def test_what_may_change_changes_and_is_remembered(train: Run, stopped: Path, interrupt_at: Interrupt) -> None:
     interrupt_at(6)
-    more = (
-        "--eval-every",
-        "1",
-        "--sample-every",
-        "0",
-        "--save-every",
-        "1",
-        "--threads",
-        "1",
-        "--save-dtype",
-        "bfloat16",
-    )
+    more = "--eval-every 1 --sample-every 0 --save-every 1 --threads 1 --save-dtype bfloat16".split()
     done = train("--resume", *more, bare=True)
     assert done.code == 130
     kinds = [event["event"] for event in lines(done.out)]
