@@ -154,7 +154,18 @@ def test_options_that_changed_are_named(train: Run, stopped: Path) -> None:
 
 def test_what_may_change_changes_and_is_remembered(train: Run, stopped: Path, interrupt_at: Interrupt) -> None:
     interrupt_at(6)
-    more = "--eval-every 1 --sample-every 0 --save-every 1 --threads 1 --save-dtype bfloat16".split()
+    more = [
+        "--eval-every",
+        "1",
+        "--sample-every",
+        "0",
+        "--save-every",
+        "1",
+        "--threads",
+        "1",
+        "--save-dtype",
+        "bfloat16",
+    ]
     done = train("--resume", *more, bare=True)
     assert done.code == 130
     kinds = [event["event"] for event in lines(done.out)]
