@@ -8,6 +8,7 @@ import os
 import re
 import secrets
 import time
+from dataclasses import dataclass
 
 import torch
 
@@ -72,6 +73,38 @@ def has_cpu_bf16() -> bool:
     avx = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     arm = getattr(torch.cpu, "_is_arm_bf16_supported", lambda: False)
     return bool(avx() or amx() or arm())
+
+
+@dataclass(frozen=True)
+class RankPlace:
+    """Which of ``count`` processes this one is, and which of those on its machine."""
+
+    rank: int
+    count: int
+    local_rank: int
+
+
+def rank_place() -> RankPlace | None:
+    """What torchrun says in the environment; None for a process on its own.
+
+    Raises UsageError where the variables contradict each other.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    if any(name not in os.environ for name in (*names, "MASTER_ADDR", "MASTER_PORT")):
+        return None
+    try:
+        rank, count, local_rank = (int(os.environ[name]) for name in names)
+    except ValueError:
+        rank = count = local_rank = -1
+    if not 0 <= local_rank <= rank < count:
+        said = ", ".join(f"{name}={os.environ[name]}" for name in names)
+        raise UsageError(f"the environment names no rank: {said}", "start it with torchrun, or unset them")
+    return RankPlace(rank, count, local_rank) if count > 1 else None
+
+
+def memory_bytes(device: torch.device) -> int | None:
+    """All the memory of a CUDA device; None for others, whose memory is shared with whatever else runs."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
 
 
 def set_threads(count: int | None) -> None:

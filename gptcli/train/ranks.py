@@ -1,4 +1,7 @@
-"""The processes that train together: here the one that trains alone."""
+"""The processes that train together: the one that trains alone, and how to join several.
+
+Several are in ``group.py``, which alone imports torch's distributed half.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from gptcli.core import runtime
 from gptcli.core.checkpoint import save_folder
 from gptcli.core.model import Transformer
 
@@ -30,25 +34,34 @@ class Ranks:
     kind = "none"
     rank = 0
     count = 1
-    device: torch.device | None = None  # the rank's own, where there are several
+    writers = 1  # so many ranks, the first ones, have parts that a checkpoint needs
+    interrupted = False  # Ctrl-C or the like came, and this process is to stop when all can
 
-    def __enter__(self) -> Ranks:
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+
+    def share(self, kind: str, dtype: torch.dtype) -> Ranks:
+        """The same processes, sharing a model as ``spec.plan.choose_parallel`` says; ``dtype`` as in ``loop.Plan``."""
         return self
-
-    def __exit__(self, *_: object) -> None:
-        """The end of working together."""
-
-    def agree(self, value: int) -> int:
-        """Rank 0's value, on every rank."""
-        return value
 
     def wrap(self, objective: nn.Module) -> nn.Module:
         """The module to call in its place. Its parameters may be other objects than before."""
         return objective
 
+    def alone(self, objective: nn.Module) -> nn.Module | None:
+        """What this rank can call without the others, of a wrapped module; None where it can't."""
+        return objective
+
     def accumulate(self, objective: nn.Module, *, last: bool) -> AbstractContextManager[None]:
         """Around a micro-batch's forward and backward: gradients need not be exchanged before the ``last``."""
         return contextlib.nullcontext()
+
+    def settle(self, objective: nn.Module) -> None:
+        """To be called after forward passes that no backward pass follows: parameters are as before them."""
+
+    def sums(self, *numbers: float) -> list[float]:
+        """The sum over ranks of each number."""
+        return list(numbers)
 
     def total(self, tensor: Tensor) -> Tensor:
         """The sum over ranks of a small tensor."""
@@ -66,6 +79,10 @@ class Ranks:
         """This rank's own part of a tensor, sharing its memory."""
         return Part(tensor, 0, len(tensor) if tensor.dim() else 1)
 
+    def whole_model(self, model: Transformer) -> Transformer:
+        """A model that rank 0 can run by itself; every rank has to ask for it, and on the others it may be empty."""
+        return model
+
     def save_folder(self, model: Transformer, out: Path, dtype: torch.dtype, files: Mapping[str, bytes]) -> None:
         """Write the model folder, whole."""
         save_folder(model, out, dtype=dtype, files=files)
@@ -73,7 +90,24 @@ class Ranks:
     def wait(self) -> None:
         """Until every rank is here."""
 
+    def deferring_interrupts(self) -> AbstractContextManager[None]:
+        """Within, what would interrupt a rank of several sets ``interrupted``, for all to stop at the same step."""
+        return contextlib.nullcontext()
 
-def join(device: str) -> Ranks:
-    """The ranks that this process belongs to."""
-    return Ranks()
+    def leave(self) -> None:
+        """At the end of a run that went well."""
+
+
+def join(device: str = "auto") -> Ranks:
+    """The ranks that torchrun, or whatever sets its variables, started; one process alone otherwise.
+
+    ``device`` is as ``runtime.pick_device`` takes it; of several ranks each takes a CUDA device of its own where there
+    are any. How they share a model is said later, by ``share``. Raises UsageError for a device that several can't have
+    or variables that say nothing sensible, ResourceError when there are too few devices.
+    """
+    place = runtime.rank_place()
+    if place is None:
+        return Ranks(runtime.pick_device(device))
+    from gptcli.train.group import Group
+
+    return Group.start(place, device)
