@@ -67,7 +67,7 @@ def test_models_and_train_fields_are_named(gptcli: Gptcli, tiny_folder: Path, tm
     tokenizer = ["--tokenizer", str(tiny_folder), "--valid", str(text)]
     trained = gptcli("train", str(text), "-o", str(tmp_path / "out"), *shape, *tokenizer, "--json", "--seed", "1")
     events = objects(trained.stdout)
-    assert [event["event"] for event in events] == ["start", "step", "step", "eval", "save", "done"]
+    assert [event["event"] for event in events] == ["start", "step", "step", "eval", "sample", "save", "done"]
     shown = objects(gptcli("models", "show", str(tiny_folder), "--json").stdout)
     verified = objects(gptcli("models", "verify", str(tiny_folder), "--json").stdout)
     part = REFERENCE.split("\n### models\n")[1]

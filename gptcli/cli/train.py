@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from gptcli.cli import options
 from gptcli.cli.out import Output
 from gptcli.errors import UsageError
-from gptcli.spec.config import DTYPES
-
-if TYPE_CHECKING:
-    from gptcli.cli.train_run import Asked
 
 
 def train(
@@ -123,11 +118,13 @@ def train(
     "completion": then only the answers are learnt. The same command under torchrun uses every rank.
     """
     said: Output = ctx.obj
-    from gptcli.cli.train_run import Asked, go, read_resumed, show_paper_plan
+    from gptcli.cli.train_asked import Asked, check, read_resumed, without_weaker
+    from gptcli.cli.train_run import go, show_paper_plan
 
-    asked = Asked.of(ctx.params)
-    _check(asked)
+    strength = {name: options.strength(ctx, name) for name in ctx.params}
+    asked = without_weaker(Asked.of(ctx.params), strength)
     if plan:
+        check(asked)
         show_paper_plan(said, asked)
         return
     if gpus:
@@ -136,56 +133,10 @@ def train(
         raise UsageError("there is no folder to write to", "name one with --out DIR")
     if resume and force:
         raise UsageError("--resume goes on with what --force would replace", "give one of them")
-    given = {param for param in ctx.params if _source(ctx, param) == "COMMANDLINE"}
-    resumed = read_resumed(said, asked, out, given) if resume else None
-    if resumed:
-        asked = resumed.asked
-        _check(asked)
+    typed = {name for name, source in strength.items() if source >= options.TYPED}
+    resumed = read_resumed(said, asked, out, typed) if resume else None
+    asked = resumed.asked if resumed else asked
+    check(asked)
     if not asked.data:
-        raise UsageError("there is nothing to train on", "name texts, folders, or - for standard input")
-    go(said, asked, out, resumed=resumed, force=force)
-
-
-def _source(ctx: typer.Context, param: str) -> str:
-    source = ctx.get_parameter_source(param)
-    return source.name if source is not None else ""
-
-
-def _check(asked: Asked) -> None:
-    """Refuse what can't be meant, before anything heavy is imported."""
-    lengths = {name: getattr(asked, name) for name in ("steps", "tokens", "epochs", "minutes")}
-    given = [f"--{name}" for name, value in lengths.items() if value is not None]
-    if len(given) > 1:
-        raise UsageError(f"{' and '.join(given)} both say how long to train", "give one of them")
-    for name in ("lr", "epochs", "minutes"):
-        value = getattr(asked, name)
-        if value is not None and not 0 < value < float("inf"):
-            raise UsageError(f"--{name} {value} is not above 0", f"give --{name} a positive number")
-    if asked.vocab_size is not None and asked.tokenizer is not None:
-        raise UsageError("--vocab-size trains a tokenizer, --tokenizer takes one", "give one of them")
-    if asked.data.count("-") > 1 or ("-" in asked.data and asked.vocab_size is not None):
-        raise UsageError("stdin can be read only once", "put the text into a file")
-    _check_size(asked)
-    options.check_seed(asked.seed)
-    options.choice("--save-dtype", asked.save_dtype, DTYPES)
-    options.choice("--optimizer", asked.optimizer, ("muon", "adamw"))
-    options.choice("--parallel", asked.parallel, ("auto", "ddp", "fsdp"))
-    if asked.dtype == "float16":
-        raise UsageError("training in float16 needs loss scaling, which is not here", "use bfloat16 or float32")
-    if not 0 <= asked.weight_decay < float("inf"):
-        raise UsageError(f"--weight-decay {asked.weight_decay} is out of range", "it should be 0 or more")
-
-
-def _check_size(asked: Asked) -> None:
-    shape = {f"--{name}": getattr(asked, name) for name in ("layers", "heads", "width", "context")}
-    whole: dict[str, Any] = {"--preset": asked.preset, "--config": asked.config, "--init-from": asked.init_from}
-    given = [name for name, value in {**whole, **shape}.items() if value]
-    if len(given) > 1 and any(whole.values()):
-        raise UsageError(f"{given[0]} and {given[1]} both give a size", "give one of them")
-    words = [name for name in ("vocab_size", "tokenizer") if getattr(asked, name) is not None]
-    if asked.init_from and words:
-        name = f"--{words[0].replace('_', '-')}"
-        raise UsageError(f"{name} would replace the tokenizer that --init-from comes with", "leave it out")
-    with contextlib.suppress(StopIteration):
-        if asked.freeze and not asked.init_from:
-            raise UsageError("--freeze without --init-from would keep random weights", "name a model with --init-from")
+        raise UsageError("there is nothing to train on", "name DATA: texts, folders, or - for standard input")
+    go(said, asked, out, resumed=resumed, replacing=force or resume)

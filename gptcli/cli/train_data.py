@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+import hashlib
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +15,7 @@ from gptcli.cli.out import Output
 from gptcli.errors import NotFoundError, UsageError
 
 if TYPE_CHECKING:
-    from gptcli.cli.train_run import Asked
+    from gptcli.cli.train_asked import Asked
     from gptcli.spec.config import ModelConfig
     from gptcli.text.tokenizer import Tokenizer
     from gptcli.train.data import Corpus
@@ -19,12 +23,19 @@ if TYPE_CHECKING:
 # Of the documents, where no text to evaluate on is named.
 _HELD_OUT = 0.01
 _FILES = ("tokenizer.json", "vocab.json", "merges.txt")
+_ALONG = ("tokenizer_config.json", "chat_template.jinja")
 
 
-def tokenizer_files(said: Output, asked: Asked, begun: Path | None) -> dict[str, bytes]:
-    """The tokenizer's files for the model folder: trained now, another model's, or those of the run that goes on."""
-    if begun is not None and (begun / "tokenizer.json").is_file():
-        return files_of_folder(begun)
+def tokenizer_files(said: Output, asked: Asked, out: Path, begun: str | None) -> dict[str, bytes]:
+    """The tokenizer's files for the model folder: trained now, or another model's.
+
+    ``begun`` is the digest of those of a run that goes on: it finds its own in ``out``, unless it was killed before
+    they came there.
+    """
+    if begun is not None:
+        with contextlib.suppress(NotFoundError):
+            if tokenizer_digest(files := files_of_folder(out)) == begun:
+                return files
     if asked.vocab_size is None:
         return files_of_tokenizer(asked.init_from or asked.tokenizer)
     from gptcli.train.data import train_tokenizer
@@ -43,12 +54,26 @@ def files_of_tokenizer(name: str | None) -> dict[str, bytes]:
 
 
 def files_of_folder(folder: Path) -> dict[str, bytes]:
-    """The tokenizer's files in a model folder."""
+    """The tokenizer's files in a model folder, and what says how it writes conversations."""
     names = _FILES[:1] if (folder / _FILES[0]).is_file() else _FILES[1:]
     if not all((folder / name).is_file() for name in names):
         raise NotFoundError(f"{folder} has no tokenizer files", "name another model with --tokenizer")
-    with_config = [*names, *(name for name in ("tokenizer_config.json",) if (folder / name).is_file())]
-    return {name: (folder / name).read_bytes() for name in with_config}
+    return {name: (folder / name).read_bytes() for name in (*names, *_ALONG) if (folder / name).is_file()}
+
+
+def tokenizer_digest(files: Mapping[str, bytes]) -> str:
+    """By what a run knows its tokenizer again."""
+    sums = {name: hashlib.sha256(files[name]).hexdigest() for name in _FILES if name in files}
+    return hashlib.sha256(json.dumps(sums).encode()).hexdigest()
+
+
+def fingerprint(corpus: Corpus) -> dict[str, Any]:
+    """By what a run knows its training data again."""
+    digest = hashlib.sha256()
+    for stream in (corpus.tokens, corpus.learnt):
+        for start in range(0, len(stream) if stream is not None else 0, 1 << 24):
+            digest.update(stream[start : start + (1 << 24)].tobytes())  # type: ignore[index]
+    return {"tokens": len(corpus.tokens), "sha256": digest.hexdigest()}
 
 
 def read_corpora(
@@ -57,6 +82,8 @@ def read_corpora(
     """The training corpus, then those to evaluate on; what the model folder needs besides goes into ``files``."""
     from gptcli.train.examples import hold_examples
 
+    if "-" in asked.data and sys.stdin is not None and sys.stdin.isatty():
+        said.note("reading standard input, to its end (Ctrl-D)")
     learns_answers = "-" not in asked.data and hold_examples(asked.data, asked.field)
     if learns_answers and not asked.init_from:
         raise UsageError(
@@ -105,13 +132,17 @@ def _read_texts(said: Output, asked: Asked, words: Tokenizer, files: dict[str, b
             said.note("too few documents to hold one out: the end of the text is held out")
         else:
             said.warn("the text is too short to hold some out, so there is no evaluation; name a text with --valid")
-    for name in asked.valid:
-        corpora += [replace(prepared(name, [name], 0.0)[0], name=_title(name))]
+    for name, title in _titles(asked.valid).items():
+        corpora += [replace(prepared(title, [name], 0.0)[0], name=title)]
     return corpora
 
 
-def _title(name: str) -> str:
-    return Path(name).name.split(".txt")[0].split(".jsonl")[0]
+def _titles(names: Sequence[str]) -> dict[str, str]:
+    """What to call each text in reports: its file's name alone, where that is clear."""
+    short = {name: "stdin" if name == "-" else Path(name).name for name in names}
+    short = {name: title.split(".txt")[0].split(".jsonl")[0] or name for name, title in short.items()}
+    taken = list(short.values())
+    return {name: title if taken.count(title) == 1 else name for name, title in short.items()}
 
 
 @contextmanager
@@ -145,11 +176,12 @@ def _read_examples(
     corpora = [corpus("the data", learnt)]
     if held is not None:
         corpora.append(corpus("held out", held))
-    for name in asked.valid:
-        corpora.append(corpus(_title(name), examples_of([name], words, template, start_id)[0]))
+    for name, title in _titles(asked.valid).items():
+        corpora.append(corpus(title, examples_of([name], words, template, start_id)[0]))
     if len(corpora) < 2:
         said.warn("there are too few examples to hold some out, so there is no evaluation; name some with --valid")
     files["tokenizer_config.json"] = tokenizer_config(template, size.context, files)
+    files.pop("chat_template.jinja", None)  # it would count before
     return corpora
 
 

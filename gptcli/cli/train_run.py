@@ -1,17 +1,17 @@
-"""From the options of ``gptcli train`` to a run: tokenizer, data, size, model, and what a resumed run was asked."""
+"""From the options of ``gptcli train`` to a run: size, model, plan, and the events shown as they come."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from gptcli.cli.out import Output
-from gptcli.errors import CorruptError, OutputError, UsageError
+from gptcli.cli.train_asked import Asked, Resumed, to_keep
+from gptcli.errors import OutputError, UsageError
 from gptcli.spec.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -19,106 +19,10 @@ if TYPE_CHECKING:
     from gptcli.train.data import Corpus
     from gptcli.train.loop import Plan, Sampler
     from gptcli.train.ranks import Ranks
-    from gptcli.train.state import Checkpoint
 
 # The peak learning rate where none is given: from random weights, and for a model that is fine-tuned.
 _RATES = {"muon": (5e-3, 5e-4), "adamw": (2e-3, 1e-4)}
 _SAMPLE_TOKENS = 64
-
-
-@dataclass(frozen=True)
-class Asked:
-    """The options that shape a run. On resuming, those that are not given again are what they were."""
-
-    data: tuple[str, ...]
-    valid: tuple[str, ...]
-    field: str
-    init_from: str | None
-    freeze: tuple[str, ...]
-    preset: str | None
-    config: str | None
-    layers: int | None
-    heads: int | None
-    width: int | None
-    context: int | None
-    vocab_size: int | None
-    tokenizer: str | None
-    steps: int | None
-    tokens: int | None
-    epochs: float | None
-    minutes: float | None
-    batch_tokens: int
-    optimizer: str
-    lr: float | None
-    weight_decay: float
-    mask_documents: bool
-    seed: int | None
-    dtype: str
-    compile: bool | None
-    micro_batch: int | None
-    checkpoint_activations: bool | None
-    # From here on a resumed run may be asked for something else.
-    eval_every: int
-    save_every: int
-    sample_every: int | None
-    sample_prompt: str
-    keep: int
-    device: str
-    save_dtype: str
-    threads: int | None
-    parallel: str
-    gpus: str | None
-
-    @classmethod
-    def of(cls, params: Mapping[str, Any]) -> Asked:
-        def plain(value: Any) -> Any:
-            return tuple(value) if isinstance(value, list) else str(value) if isinstance(value, Path) else value
-
-        values: dict[str, Any] = {field.name: plain(params[field.name]) for field in fields(cls)}
-        values |= {name: () for name in _LISTS if values[name] is None}
-        return cls(**values)
-
-
-_LISTS = ("data", "valid", "freeze")
-_FIXED = [field.name for field in fields(Asked)][: [field.name for field in fields(Asked)].index("eval_every")]
-
-
-@dataclass(frozen=True)
-class Resumed:
-    """The checkpoint to go on from, and what the run is asked now."""
-
-    asked: Asked
-    checkpoint: Checkpoint
-
-
-def read_resumed(said: Output, asked: Asked, out: Path, given: set[str]) -> Resumed | None:
-    """The run to go on with, from the last whole checkpoint in ``out``; None, said so, where there is none.
-
-    ``given`` are the options of the command line. Raises UsageError naming those that differ from what the run began
-    with.
-    """
-    from gptcli.train.state import checkpoints
-
-    found = next(checkpoints(out), None)
-    if found is None:
-        said.note(f"there is no checkpoint in {out}: training starts at step 0")
-        return None
-    try:
-        before = {name: _frozen(value) for name, value in found.state["options"]["asked"].items()}
-        changed = [name for name in _FIXED if name in given and getattr(asked, name) != before[name]]
-        same = replace(asked, **{name: before[name] for name in _FIXED})
-    except (KeyError, TypeError, AttributeError):
-        raise CorruptError(f"{found.folder} does not say what it was asked", "start anew with --force") from None
-    if changed:
-        names = ", ".join("DATA" if name == "data" else f"--{name.replace('_', '-')}" for name in changed)
-        raise UsageError(
-            f"changed since the run in {out} began: {names}", "resume with the same, or start anew with --force"
-        )
-    return Resumed(same, found)
-
-
-def _frozen(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
 
 
 def show_paper_plan(said: Output, asked: Asked) -> None:
@@ -128,14 +32,14 @@ def show_paper_plan(said: Output, asked: Asked) -> None:
 
     ranks, card_bytes = parse_cards(asked.gpus) if asked.gpus else _own_cards()
     size = _size_on_paper(asked)
-    title = asked.preset or asked.init_from or (Path(asked.config).parent.name if asked.config else "") or "gpt2"
+    title = asked.preset or asked.init_from or (Path(asked.config).resolve().parent.name if asked.config else "")
     plan = plan_training(
         size,
         ranks=ranks,
         card_bytes=card_bytes,
         batch_tokens=asked.batch_tokens,
         micro_batch_rows=asked.micro_batch,
-        optimizer="adamw" if asked.optimizer == "adamw" else "muon",
+        optimizer=_optimizer(asked),
         dtype="float32" if asked.dtype == "float32" else "bfloat16",
         parallel="ddp" if asked.parallel == "ddp" else "fsdp" if asked.parallel == "fsdp" else "auto",
         checkpoint_activations=asked.checkpoint_activations,
@@ -165,98 +69,116 @@ def _size_on_paper(asked: Asked) -> ModelConfig:
     return _size(asked, vocab, None)
 
 
-def go(said: Output, asked: Asked, out: Path, *, resumed: Resumed | None, force: bool) -> None:
-    """Train as asked, and show it."""
+def go(said: Output, asked: Asked, out: Path, *, resumed: Resumed | None, replacing: bool) -> None:
+    """Train as asked, and show it. What ``out`` holds is refused unless it is gone on with, or ``replacing`` it."""
     from gptcli.core import runtime
     from gptcli.train.ranks import join
 
+    if resumed and resumed.done is not None:
+        said.note(f"the run in {out} is complete: {resumed.checkpoint.step:,} steps")
+        if said.json:
+            said.record(resumed.done)
+        else:
+            said.data(str(out))
+        return
     runtime.set_threads(asked.threads)
     runtime.keep_freed_memory()
     ranks = join(asked.device)
     if ranks.rank:
         said.silence()
     if not resumed:
-        _claim(out, force, ranks)
-    seed = asked.seed if asked.seed is not None else ranks.agree(runtime.draw_seed())
+        _claim(out, replacing, ranks)
+    seed = asked.seed if asked.seed is not None else int(ranks.agree(str(runtime.draw_seed()).encode()))
     if asked.seed is None:
         said.note(f"seed {seed}")
         asked = replace(asked, seed=seed)
-    with ranks:
-        _train(said, asked, seed, out, resumed, ranks)
+    _train(said, asked, seed, out, resumed, ranks)
+    ranks.leave()
 
 
 def _train(said: Output, asked: Asked, seed: int, out: Path, resumed: Resumed | None, ranks: Ranks) -> None:
-    from gptcli.cli.train_data import read_corpora, tokenizer_files
+    from gptcli.cli.train_data import fingerprint, read_corpora, tokenizer_digest, tokenizer_files
     from gptcli.core import runtime
+    from gptcli.spec.plan import choose_parallel
     from gptcli.train.loop import METRICS, Plan, train
 
-    target = ranks.device or runtime.pick_device(asked.device)
-    files = tokenizer_files(said, asked, out if resumed else None)
+    begun = resumed.checkpoint.state["options"] if resumed else {}
+    files = _from_rank_0(ranks, lambda: tokenizer_files(said, asked, out, begun.get("tokenizer")))
     words = _open_tokenizer(files)
-    start_id = _start_token(words)
+    start_id = _start_token(asked, words)
     model, size = _model(asked, words, start_id, seed)
     corpora = read_corpora(said, asked, words, files, start_id, size)
     # By itself bfloat16, where the device multiplies in it; the weights and the optimizer stay float32.
-    kind = runtime.pick_dtype(asked.dtype, "bfloat16", target)
+    dtype = runtime.pick_dtype(asked.dtype, "bfloat16", ranks.device)
     plan = Plan(
         batch_tokens=asked.batch_tokens,
         lr=asked.lr if asked.lr is not None else _RATES[asked.optimizer][bool(asked.init_from)],
         weight_decay=asked.weight_decay,
-        optimizer="adamw" if asked.optimizer == "adamw" else "muon",
-        steps=_steps(asked, size.context, corpora[0]),
+        optimizer=_optimizer(asked),
+        steps=_steps(asked, size.context, corpora[0], ranks.count),
         minutes=asked.minutes,
         eval_every=asked.eval_every,
         save_every=asked.save_every,
         keep=asked.keep,
         seed=seed,
-        dtype=kind,
+        dtype=dtype,
         save_dtype=runtime.DTYPES[asked.save_dtype],
         mask_documents=asked.mask_documents,
         micro_batch=asked.micro_batch,
         compile=asked.compile,
         checkpoint_activations=asked.checkpoint_activations,
     )
-    files["train.toml"] = _train_toml(asked, plan, size).encode()
+    files["train.toml"] = _train_toml(asked, plan, size).encode(errors="replace")
     if asked.freeze:
         from gptcli.train.freeze import freeze
 
         said.note(f"{len(freeze(model, asked.freeze))} tensors are left as they are")
-    told = {"asked": asdict(asked), "data": _fingerprint(corpora[0])}
-    if resumed:
-        _check_data(resumed, told["data"])
+    told = {**to_keep(asked), "tokenizer": tokenizer_digest(files), "data": fingerprint(corpora[0])}
+    _compare(begun, told)
+    kind = asked.parallel
+    if kind == "auto":
+        kind = choose_parallel(size, ranks.count, runtime.memory_bytes(ranks.device), _optimizer(asked))
+    ranks = ranks.share(kind, dtype)
     events = train(
-        model.to(target),
+        model if kind == "fsdp" else model.to(ranks.device),
         corpora[0],
         corpora[1:],
         plan,
         out,
         files,
-        sampler=_sampler(asked, words, seed, out.resolve().name, ranks),
+        sampler=_sampler(asked, words, start_id, out.resolve().name),
         sample_every=asked.sample_every,
         resume=resumed.checkpoint if resumed else None,
-        options=resumed.checkpoint.state["options"] if resumed else told,
+        options={**begun, **told},
         ranks=ranks,
     )
     _follow(said, events, out, out / METRICS if resumed else None)
 
 
-def _claim(out: Path, force: bool, ranks: Ranks) -> None:
-    """Refuse a folder that holds a model or a run, unless told to replace it."""
+def _optimizer(asked: Asked) -> Literal["muon", "adamw"]:
+    return "adamw" if asked.optimizer == "adamw" else "muon"
+
+
+def _from_rank_0(ranks: Ranks, made: Callable[[], dict[str, bytes]]) -> dict[str, bytes]:
+    """Files that rank 0 makes, on every rank."""
+    own = {name: content.decode("latin-1") for name, content in made().items()} if ranks.rank == 0 else {}
+    told: dict[str, str] = json.loads(ranks.agree(json.dumps(own).encode()))
+    return {name: content.encode("latin-1") for name, content in told.items()}
+
+
+def _claim(out: Path, replacing: bool, ranks: Ranks) -> None:
+    """Refuse a folder that holds a model or a run, unless told to replace it; make it if it is not there."""
     taken = [
         name for name in ("config.json", "metrics.jsonl", "model.safetensors", "checkpoints") if (out / name).exists()
     ]
     ranks.wait()  # nobody has written yet
-    if taken and not force:
+    if taken and not replacing:
         hint = "name another folder, go on with --resume, or replace it with --force"
         raise UsageError(f"{out} already holds {taken[0]}", hint)
     if ranks.rank:
         return
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if (out / "checkpoints").exists():
-            import shutil
-
-            shutil.rmtree(out / "checkpoints")
     except OSError as error:
         raise OutputError(f"{out} can't be made: {error.strerror}", "name another folder") from None
 
@@ -273,11 +195,12 @@ def _open_tokenizer(files: Mapping[str, bytes]) -> Tokenizer:
         return Tokenizer.from_folder(Path(folder))
 
 
-def _start_token(tokenizer: Tokenizer) -> int:
+def _start_token(asked: Asked, tokenizer: Tokenizer) -> int:
     from gptcli.train.documents import SEPARATOR
 
     if SEPARATOR not in tokenizer.special_tokens:
-        raise UsageError(f"the tokenizer has no {SEPARATOR}", "train one with --vocab-size")
+        hint = "fine-tune another model" if asked.init_from else "train one with --vocab-size"
+        raise UsageError(f"the tokenizer has no {SEPARATOR}", hint)
     return tokenizer.special_tokens[SEPARATOR]
 
 
@@ -316,10 +239,10 @@ def _size(asked: Asked, vocab_size: int | None, start_id: int | None) -> ModelCo
     return replace(base, dtype=None)
 
 
-def _steps(asked: Asked, context: int, corpus: Corpus) -> int | None:
+def _steps(asked: Asked, context: int, corpus: Corpus, ranks: int) -> int | None:
     if asked.minutes is not None or asked.steps is not None:
         return asked.steps
-    batch = max(1, round(asked.batch_tokens / context)) * context
+    batch = max(1, round(asked.batch_tokens / context / ranks)) * ranks * context
     epochs = 1.0 if asked.epochs is None else asked.epochs
     wanted = asked.tokens if asked.tokens is not None else epochs * len(corpus.tokens)
     return max(1, round(wanted / batch))
@@ -332,38 +255,36 @@ def _train_toml(asked: Asked, plan: Plan, size: ModelConfig) -> str:
         if name in ("dtype", "save_dtype"):
             value = str(getattr(plan, name)).removeprefix("torch.")
         if value is not None and name != "gpus":
-            lines.append(f"{name} = {json.dumps(value)}")
+            # TOML's strings are JSON's, but for surrogates and DEL.
+            lines.append(f"{name} = {json.dumps(value, ensure_ascii=False)}".replace("\x7f", "\\u007f"))
     return "\n".join(lines) + "\n"
 
 
-def _fingerprint(corpus: Corpus) -> dict[str, Any]:
-    """What a resumed run compares, so that it goes on with the same data."""
-    digest = hashlib.sha256()
-    for start in range(0, len(corpus.tokens), 1 << 24):
-        digest.update(corpus.tokens[start : start + (1 << 24)].tobytes())
-    return {"tokens": len(corpus.tokens), "sha256": digest.hexdigest()}
+def _compare(begun: Mapping[str, Any], told: Mapping[str, Any]) -> None:
+    """Refuse to go on with other data than a run began with."""
+    changes = {
+        "tokenizer": ("the tokenizer", "bring back the model that it comes from"),
+        "data": ("the text", "bring back the files as they were"),
+    }
+    for name, (what, hint) in changes.items():
+        if name in begun and begun[name] != told[name]:
+            raise UsageError(f"{what} is not what it was when the run began", f"{hint}, or start anew with --force")
 
 
-def _check_data(resumed: Resumed, data: dict[str, Any]) -> None:
-    if resumed.checkpoint.state["options"].get("data") != data:
-        raise UsageError(
-            "the text is not what it was when the run began",
-            "bring back the files as they were, or start anew with --force",
-        )
-
-
-def _sampler(asked: Asked, words: Tokenizer, seed: int, name: str, ranks: Ranks) -> Sampler | None:
-    """Continues ``--sample-prompt`` with the model as it is; on one process, where the model is whole."""
-    if asked.sample_every == 0 or ranks.count > 1:
+def _sampler(asked: Asked, words: Tokenizer, start_id: int, name: str) -> Sampler | None:
+    """Continues ``--sample-prompt`` with the model as it is."""
+    if asked.sample_every == 0:
         return None
     from gptcli.core.build import Model
-    from gptcli.core.generate import Request, generate, start_ids
+    from gptcli.core.generate import Request, generate
     from gptcli.core.settings import Sampling
+
+    seed = asked.seed or 0
 
     def sample(transformer: Any, step: int) -> dict[str, Any]:
         weight = transformer.embedding.weight
         model = Model(name, transformer.config, transformer, words, weight.device, weight.dtype)
-        prompt = words.encode(asked.sample_prompt) or start_ids(model)
+        prompt = words.encode(asked.sample_prompt) or [start_id]
         room = max(1, min(_SAMPLE_TOKENS, transformer.config.context - len(prompt)))
         request = Request(prompt[-transformer.config.context + room :], seed, max_tokens=room)
         training = transformer.training
@@ -392,5 +313,9 @@ def _follow(said: Output, events: Iterator[dict[str, Any]], out: Path, history: 
                     view.show(events.throw(KeyboardInterrupt()))  # type: ignore[attr-defined]
                 raise
     except KeyboardInterrupt:  # the summary is out already
-        said.note(f"stopped; what was learnt so far is in {out}" if view.saved else "stopped before the first step")
+        said.note(
+            f"stopped; what was learnt so far is in {out}: --resume goes on"
+            if view.saved
+            else "stopped before the first step"
+        )
         raise

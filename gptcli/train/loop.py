@@ -97,6 +97,7 @@ def train(
         files: what else belongs into the model folder (the tokenizer).
         sampler: called every ``sample_every`` steps, or at each evaluation where that is None.
         resume: where to go on; as if it had never stopped, to the bit on a CPU with the same torch and threads.
+            Without it the checkpoints of an earlier run in ``out`` are removed.
         options: kept in each checkpoint, for whoever resumes to compare.
         ranks: the processes that train together; every one of them runs this, and rank 0 writes and has all events.
 
@@ -111,6 +112,8 @@ def train(
         run.resumed = resume
         if ranks.rank == 0:
             state.keep_metrics_until(out / METRICS, resume.step)
+    elif ranks.rank == 0:
+        state.remove_checkpoints(out)
     file = out / METRICS if ranks.rank == 0 else Path(os.devnull)
     with output_errors(file):
         out.mkdir(parents=True, exist_ok=True)

@@ -142,6 +142,13 @@ def checkpoints(out: Path) -> Iterator[Checkpoint]:
         yield Checkpoint(folder, state)
 
 
+def remove_checkpoints(out: Path) -> None:
+    """Remove every checkpoint, for a run that begins anew. Raises OutputError when one would stay."""
+    if (out / FOLDER).exists():
+        with output_errors(out / FOLDER):
+            shutil.rmtree(out / FOLDER)
+
+
 def load_checkpoint(checkpoint: Checkpoint, parts: Mapping[str, Part]) -> None:
     """Fill this rank's parts, in place, from a checkpoint of any number of ranks.
 
