@@ -140,7 +140,7 @@ def _train(said: Output, asked: Asked, seed: int, out: Path, resumed: Resumed | 
         kind = choose_parallel(size, ranks.count, runtime.memory_bytes(ranks.device), _optimizer(asked))
     ranks = ranks.share(kind, dtype)
     events = train(
-        model if kind == "fsdp" else model.to(ranks.device),
+        model if ranks.kind == "fsdp" else model.to(ranks.device),
         corpora[0],
         corpora[1:],
         plan,
