@@ -67,7 +67,7 @@ def test_models_and_train_fields_are_named(gptcli: Gptcli, tiny_folder: Path, tm
     tokenizer = ["--tokenizer", str(tiny_folder), "--valid", str(text)]
     trained = gptcli("train", str(text), "-o", str(tmp_path / "out"), *shape, *tokenizer, "--json", "--seed", "1")
     events = objects(trained.stdout)
-    assert [event["event"] for event in events] == ["start", "step", "step", "eval", "save", "done"]
+    assert [event["event"] for event in events] == ["start", "step", "step", "eval", "sample", "save", "done"]
     shown = objects(gptcli("models", "show", str(tiny_folder), "--json").stdout)
     verified = objects(gptcli("models", "verify", str(tiny_folder), "--json").stdout)
     part = REFERENCE.split("\n### models\n")[1]
@@ -129,6 +129,8 @@ def test_the_examples_are_executed(block: str, tmp_path: Path, tiny_folder: Path
         (tmp_path / name).write_text(story if name != "draft.txt" else "The king had a daughter.")
     (tmp_path / "prompt.txt").write_text("Once upon a time")
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "The king"}\n{"prompt": "The cat", "seed": 3}\n')
+    chat = [{"role": "user", "content": "Who was there?"}, {"role": "assistant", "content": "A king."}]
+    (tmp_path / "chats.jsonl").write_text((json.dumps({"messages": chat}) + "\n") * 50)
     shutil.copytree(tiny_folder, tmp_path / "path" / "to" / "folder")
     quick = block.replace("--minutes 30", "--steps 1 --layers 1 --width 16 --context 32 --batch-tokens 64")
     assert quick == block or "train" in block

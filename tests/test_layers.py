@@ -33,7 +33,7 @@ MAY_KNOW = {
     "__main__": {"cli"},
 }
 TENSOR_LIBRARIES = {"torch", "numpy", "safetensors"}
-HEAVY = {"torch", "numpy", "safetensors", "huggingface_hub", "transformers"}
+HEAVY = {"torch", "numpy", "safetensors", "huggingface_hub", "transformers", "matplotlib"}
 
 
 class Import(NamedTuple):
@@ -313,6 +313,9 @@ def test_paper_and_text_commands_load_no_torch(tiny_folder: Path) -> None:
         ["tokenize", "-m", str(tiny_folder), "--count", "--json", "Once upon a time"],
         ["tokenize", "-m", str(tiny_folder), "--split", "2", "Once upon a time"],
         ["models", "verify", str(tiny_folder)],
+        ["train", "--plan", "--preset", "gpt3", "--gpus", "8x141GB"],
+        ["train", "--plan", "--init-from", str(tiny_folder), "--gpus", "8x141GB", "--json"],
+        ["train", "--plan", "--tokenizer", str(tiny_folder), "--gpus", "1x80GB", "--json"],
     )
     for command, names in loaded.items():
         assert not {top(name) for name in names} & {*HEAVY, "tokenizers"}, command

@@ -49,15 +49,21 @@ def common(
 
 
 _SOURCES = ("DEFAULT", "DEFAULT_MAP", "ENVIRONMENT", "COMMANDLINE")
+TYPED = len(_SOURCES) - 1
 
 
 def stronger(ctx: Any, first: str, second: str) -> str | None:
     """Of two options that exclude each other, the one from the stronger source: the command line goes before the
     environment, that before ``config.toml``; None where both come from the same.
     """
-    sources = [getattr(ctx.get_parameter_source(name), "name", "DEFAULT") for name in (first, second)]
-    ranks = [_SOURCES.index(source) if source in _SOURCES else len(_SOURCES) for source in sources]
+    ranks = [strength(ctx, name) for name in (first, second)]
     return None if ranks[0] == ranks[1] else first if ranks[0] > ranks[1] else second
+
+
+def strength(ctx: Any, name: str) -> int:
+    """How strong the source of an option's value is; one of the command line has the most, ``TYPED``."""
+    source = getattr(ctx.get_parameter_source(name), "name", "DEFAULT")
+    return _SOURCES.index(source) if source in _SOURCES else len(_SOURCES)
 
 
 def check_seed(seed: int | None) -> None:

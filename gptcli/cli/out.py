@@ -71,6 +71,11 @@ class Output:
         self.json = json_ or format == "json"
         self.quiet, self.verbose, self.color = quiet, verbose, color
 
+    def silence(self) -> None:
+        """Say nothing from now on but errors: another process speaks for this one."""
+        self.quiet, self.verbose, self.json = True, False, False
+        self.stdout = open(os.devnull, "w")  # noqa: SIM115
+
     @property
     def on_terminal(self) -> bool:
         """Whether a person reads stdout directly."""
@@ -211,11 +216,32 @@ class Output:
             finally:
                 self._display = None
 
+    @contextlib.contextmanager
+    def live(self, picture: Any, *, per_second: float = 1.0) -> Iterator[bool]:
+        """Keep a rich renderable drawn at the bottom of a person's terminal, on stderr, and take it away at the end.
+
+        Yields whether it is drawn at all: not in a pipe, not in JSON, not to a quiet user, not on a dumb terminal.
+        Other talk goes above it. A picture costs some milliseconds that the work below goes without: few a second.
+        """
+        console = self.console(stderr=True)
+        if self.quiet or self.json or not self.talks_to_terminal or console.is_dumb_terminal:
+            yield False
+            return
+        from gptcli.cli.live import keep_drawn
+
+        with keep_drawn(picture, console, per_second):
+            self._display = console
+            try:
+                yield True
+            finally:
+                self._display = None
+
     def _say(self, line: str) -> None:
         if self._display is not None:  # above the bar, which is drawn anew
             from rich.text import Text
 
-            self._display.print(Text.from_ansi(line), soft_wrap=True)
+            with contextlib.suppress(OSError, ValueError):
+                self._display.print(Text.from_ansi(line), soft_wrap=True)
             return
         with contextlib.suppress(OSError, ValueError):
             self.stderr.write(line + "\n")

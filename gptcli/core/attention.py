@@ -52,7 +52,7 @@ def _in_blocks(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> bool:
 
 
 class _BlockedCausal(torch.autograd.Function):
-    """Causal attention for training on a CPU: plain matrix products, a block of queries with the keys up to it.
+    """Causal attention for training on a CPU: matrix products over blocks of queries, each with the keys up to it.
 
     torch's fused kernel computes tile by tile without the matrix unit's full rate; these products run at it, forward
     and backward together in less than half the time. The price is memory: the patterns are kept for the backward pass,

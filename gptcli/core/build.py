@@ -72,6 +72,15 @@ def new_transformer(config: ModelConfig) -> Transformer:
     return Transformer(config)
 
 
+def learnable(transformer: Transformer) -> Transformer:
+    """A loaded model ready to be trained: its parameters are its own memory, not views of a mapped file."""
+    for module in transformer.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(parameter.detach().clone(memory_format=torch.contiguous_format)))
+    transformer.tie()
+    return transformer.train()
+
+
 def random_model(config: ModelConfig, seed: int) -> Transformer:
     """A float32 model with GPT-2's initial weights: normal(0, 0.02), what adds to the stream scaled by 1/sqrt(2L).
 

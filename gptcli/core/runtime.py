@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import re
 import secrets
 import time
+from dataclasses import dataclass
 
 import torch
 
@@ -73,6 +75,38 @@ def has_cpu_bf16() -> bool:
     return bool(avx() or amx() or arm())
 
 
+@dataclass(frozen=True)
+class RankPlace:
+    """Which of ``count`` processes this one is, and which of those on its machine."""
+
+    rank: int
+    count: int
+    local_rank: int
+
+
+def rank_place() -> RankPlace | None:
+    """What torchrun says in the environment; None for a process on its own.
+
+    Raises UsageError where the variables contradict each other.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    if any(name not in os.environ for name in (*names, "MASTER_ADDR", "MASTER_PORT")):
+        return None
+    try:
+        rank, count, local_rank = (int(os.environ[name]) for name in names)
+    except ValueError:
+        rank = count = local_rank = -1
+    if not 0 <= local_rank <= rank < count:
+        said = ", ".join(f"{name}={os.environ[name]}" for name in names)
+        raise UsageError(f"the environment names no rank: {said}", "start it with torchrun, or unset them")
+    return RankPlace(rank, count, local_rank) if count > 1 else None
+
+
+def memory_bytes(device: torch.device) -> int | None:
+    """All the memory of a CUDA device; None for others, whose memory is shared with whatever else runs."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+
+
 def set_threads(count: int | None) -> None:
     """Use this many CPU threads; None leaves torch's choice. Raises UsageError below 1."""
     if count is not None:
@@ -105,6 +139,13 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(mmap_threshold, 1 << 30)
         mallopt(trim_threshold, most)
+
+
+def cards() -> tuple[int, int]:
+    """How many GPUs this machine has and the bytes of one, or 1 and the machine's memory where there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.device_count(), torch.cuda.get_device_properties(0).total_memory
+    return 1, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 # Dense bf16 operations a second by the makers' data sheets, by a part of the device's name.

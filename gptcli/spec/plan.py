@@ -322,15 +322,17 @@ def _cast_bytes(config: ModelConfig, dtype: Dtype) -> int:
 
 
 def _gathered_bytes(config: ModelConfig, dtype: Dtype) -> int:
-    """Fully sharded: the block at work and the next one, already on its way, whole; what belongs to no block, whole
-    throughout, with its gradient; one block's gradient whole, and its float32 copy that is about to be parted.
+    """Fully sharded: the matrices of the block at work and of the next one, already on its way, whole; one block's
+    gradient whole, and its float32 copy that is about to be parted. What belongs to no block, and the norms, whole
+    throughout in float32, with their gradient, and the unembedding as it is multiplied.
 
     A rank parts its gradients after every micro-batch, so no whole set of them ever stands.
     """
     grouped = _grouped(config)
-    block = sum(tensor.parameters for tensor in grouped if tensor.layer is not None)
-    root = sum(tensor.parameters for tensor in grouped if tensor.layer is None)
-    return _size(dtype) * (2 * block + root + block + root) + _FLOAT32 * block
+    block = sum(t.parameters for t in grouped if t.layer is not None and t.category != "Norms")
+    root = sum(count * t.parameters for t, count in grouped.items() if t.layer is None or t.category == "Norms")
+    cast = 0 if dtype == "float32" else _BFLOAT16 * config.vocab_size * config.width
+    return _size(dtype) * 3 * block + _FLOAT32 * (block + 2 * root) + cast
 
 
 def _size(dtype: Dtype) -> int:

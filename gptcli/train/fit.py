@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from gptcli.core import runtime
 from gptcli.core.model import Transformer
 from gptcli.errors import ResourceError
+from gptcli.spec.plan import Dtype, plan_training
 from gptcli.train.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -44,29 +45,64 @@ def choose(objective: nn.Module, plan: Plan, rows: int, ranks: Ranks) -> Choices
     """Fill in what the plan leaves open, for ``rows`` of this rank a step.
 
     On CUDA the largest micro-batch is found by trying halves until one fits, with activation checkpointing where not
-    even one row fits without; then a few compiled passes are timed beside plain ones. On a CPU memory is rarely short,
-    and compiling does not pay (``tests/bench/train.py``). Raises ResourceError when not even one row fits.
+    even one row fits without; then a few compiled passes are timed beside plain ones. Ranks that can't try alone go by
+    ``spec.plan``, since one that runs out of memory in the middle of a pass leaves the others waiting. On a CPU memory
+    is rarely short, and compiling does not pay (``tests/bench/train.py``). All ranks choose alike. Raises ResourceError
+    when not even one row fits.
     """
     transformer = _transformer(objective)
     device, context = transformer.embedding.weight.device, transformer.config.context
     if device.type != "cuda":
         most = plan.micro_batch or max(1, _CPU_TOKENS // context)
         return Choices(_even(rows, most), bool(plan.compile), bool(plan.checkpoint_activations))
+    alone = ranks.alone(objective)
+    if alone is None:
+        return _planned(transformer, plan, rows, ranks)
+
+    def least(number: int) -> int:
+        return int(ranks.least(torch.tensor(number, device=device)))
+
     saving = bool(plan.checkpoint_activations)
-    micro = plan.micro_batch or _largest(objective, rows, saving)
-    if micro is None and plan.checkpoint_activations is None:
+    micro = least(plan.micro_batch or _largest(alone, rows, saving))
+    if not micro and plan.checkpoint_activations is None:
         saving = True
-        micro = _largest(objective, rows, saving)
-    if micro is None:
-        raise ResourceError(
-            "not even one row of the context fits in the memory of the device",
-            "use a smaller --context or model, or more ranks; --plan says what fits",
-        )
-    micro = int(ranks.least(torch.tensor(_even(rows, micro), device=device)))
-    compiled = plan.compile if plan.compile is not None else _compiling_pays(objective, micro, saving)
-    # All ranks choose alike.
-    compiled = bool(ranks.least(torch.tensor(int(compiled), device=device)))
-    return Choices(micro, compiled, saving)
+        micro = least(plan.micro_batch or _largest(alone, rows, saving))
+    if not micro:
+        raise _no_room()
+    micro = _even(rows, micro)
+    compiled = plan.compile if plan.compile is not None else _compiling_pays(alone, micro, saving)
+    return Choices(micro, bool(least(int(compiled))), saving)
+
+
+def _planned(transformer: Transformer, plan: Plan, rows: int, ranks: Ranks) -> Choices:
+    """What ``spec.plan`` says of ranks that each hold a part; compiled only where the plan says so."""
+    config = transformer.config
+    dtype: Dtype = "float32" if plan.dtype is torch.float32 else "bfloat16"
+    answer = plan_training(
+        config,
+        ranks=ranks.count,
+        card_bytes=runtime.memory_bytes(ranks.device),
+        batch_tokens=rows * ranks.count * config.context,
+        micro_batch_rows=plan.micro_batch,
+        optimizer=plan.optimizer,
+        dtype=dtype,
+        parallel="fsdp",
+        checkpoint_activations=plan.checkpoint_activations,
+    )
+    # Cards may differ. A micro-batch that was asked for is tried, whatever paper says.
+    fits = plan.micro_batch is not None or answer.fits is not False
+    told = torch.tensor([answer.micro_batch_rows, -int(answer.checkpoint_activations), int(fits)], device=ranks.device)
+    micro, not_saving, fit = ranks.least(told).tolist()
+    if not fit:
+        raise _no_room()
+    return Choices(_even(rows, micro), bool(plan.compile), bool(not_saving))
+
+
+def _no_room() -> ResourceError:
+    return ResourceError(
+        "not even one row of the context fits in the memory of the device",
+        "use a smaller --context or model, or more ranks; --plan says what fits",
+    )
 
 
 def apply(transformer: Transformer, choices: Choices) -> None:
@@ -93,8 +129,8 @@ def _even(rows: int, most: int) -> int:
     return -(-rows // -(-rows // min(most, rows)))
 
 
-def _largest(objective: nn.Module, rows: int, saving: bool) -> int | None:
-    """The most rows whose forward and backward pass fits; None if not even one does."""
+def _largest(objective: nn.Module, rows: int, saving: bool) -> int:
+    """The most rows whose forward and backward pass fits; 0 if not even one does."""
     transformer = _transformer(objective)
     for block in transformer.blocks:
         _checkpointed(block, saving)
@@ -107,7 +143,7 @@ def _largest(objective: nn.Module, rows: int, saving: bool) -> int | None:
             return tried
         except torch.OutOfMemoryError:
             if tried == 1:
-                return None
+                return 0
             tried = -(-tried // 2)
         finally:
             objective.zero_grad(set_to_none=True)
@@ -152,6 +188,6 @@ def _compiling_pays(objective: nn.Module, rows: int, saving: bool) -> bool:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Floating-point operations a second that the device can do: a known GPU's by its data sheet, else measured."""
+    """Floating-point operations a second that the device can do: of a known GPU by its data sheet, else measured."""
     known: Callable[[], float | None] = partial(runtime.sheet_flops, device, dtype)
     return known() or runtime.measured_flops(device, dtype)

@@ -91,14 +91,15 @@ def train(
     byte), ``sample``, ``save``, ``rollback``, ``done``. Each is also a line of ``out/metrics.jsonl``. A step whose loss
     or gradient is not finite is skipped and counted; after a few in a row training goes back to the last checkpoint
     with a smaller learning rate. Closing the iterator leaves the last save; Ctrl-C (within a step, or thrown into it)
-    saves first.
+    saves first. Of several ranks, any of which may be told by Ctrl-C or SIGTERM, all save after the same step.
 
     Args:
         files: what else belongs into the model folder (the tokenizer).
         sampler: called every ``sample_every`` steps, or at each evaluation where that is None.
         resume: where to go on; as if it had never stopped, to the bit on a CPU with the same torch and threads.
+            Without it the checkpoints of an earlier run in ``out`` are removed.
         options: kept in each checkpoint, for whoever resumes to compare.
-        ranks: the processes that train together; every one of them runs this, and rank 0 writes.
+        ranks: the processes that train together; every one of them runs this, and rank 0 writes and has all events.
 
     Raises UsageError when the data is too small, OutputError when ``out`` can't be written, CorruptError for a
     checkpoint that is not this model's, DivergedError when going back does not help.
@@ -111,6 +112,8 @@ def train(
         run.resumed = resume
         if ranks.rank == 0:
             state.keep_metrics_until(out / METRICS, resume.step)
+    elif ranks.rank == 0:
+        state.remove_checkpoints(out)
     file = out / METRICS if ranks.rank == 0 else Path(os.devnull)
     with output_errors(file):
         out.mkdir(parents=True, exist_ok=True)
@@ -141,12 +144,12 @@ class _Run:
         config = model.config
         self.model, self.corpus, self.valid, self.plan, self.out, self.files = model, corpus, valid, plan, out, files
         self.ranks = ranks
-        self.device = model.embedding.weight.device
         self.own_rows = max(1, round(plan.batch_tokens / config.context / ranks.count))
         self.rows = self.own_rows * ranks.count
         self.batches = Batches(corpus, self.rows, config.context, plan.seed, mask_documents=plan.mask_documents)
         self.objective = ranks.wrap(Objective(model, plan.dtype))
-        self.optimizers = Optimizers(plan.optimizer, model, plan.lr, plan.weight_decay)
+        self.device = model.embedding.weight.device
+        self.optimizers = Optimizers(plan.optimizer, model, plan.lr, plan.weight_decay, ranks)
         # At once, so that trying what fits finds the memory as full as it will be.
         self.optimizers.create_state()
         self.step = self.skipped = self.rollbacks = self.saves = 0
@@ -154,17 +157,21 @@ class _Run:
         self.best: float | None = None
         self.seconds_before = 0.0  # of the parts before this one
         self.began = time.perf_counter()
+        self.clock = 0.0  # of several ranks: what rank 0's showed when they last agreed
+        self.stopping = False
 
     # --- The run as a whole
 
     def events(self, metrics: FileIO) -> Iterator[Event]:
-        try:
-            for event in self._events():
-                yield _told(event, metrics)
-        except KeyboardInterrupt:
-            if self.step:
-                yield _told(self._save(), metrics)
-            raise
+        with self.ranks.deferring_interrupts():
+            try:
+                for event in self._events():
+                    yield _told(event, metrics)
+            except KeyboardInterrupt:
+                # Several ranks have saved before, at a step that they agreed upon; here each may be elsewhere.
+                if self.step and self.ranks.count == 1:
+                    yield _told(self._save(), metrics)
+                raise
 
     def _events(self) -> Iterator[Event]:
         choices = self._choices()
@@ -173,10 +180,13 @@ class _Run:
         self.began = time.perf_counter()
         batch = self._batch(self.step)
         failed = 0  # steps in a row
-        last = self.resumed is not None and self._progress() >= 1.0
+        last = self.step > 0 and self._progress() >= 1.0  # however short the time, one step is made
         while not last:
             event, batch = self._train_step(batch)
             yield event
+            if self.stopping:
+                yield self._save()
+                raise KeyboardInterrupt
             failed = failed + 1 if event["skipped"] else 0
             last = self._progress() >= 1.0  # asked once: by the clock, a later answer may differ
             if failed >= _PATIENCE or (last and failed and not self._is_sound(self.step - failed - 1)):
@@ -187,7 +197,9 @@ class _Run:
             if evaluate and self.valid:
                 yield self._evaluate()
             if self.sampler and (evaluate if self.sample_every is None else self._is_time(self.sample_every, last)):
-                yield {"event": "sample", **self._position(), **self.sampler(self.model, self.step)}
+                whole = self.ranks.whole_model(self.model)
+                if self.ranks.rank == 0:
+                    yield {"event": "sample", **self._position(), **self.sampler(whole, self.step)}
             # Not what may turn out to be broken, while there is more to come.
             if self._is_time(plan.save_every, last) and (last or not failed):
                 yield self._save()
@@ -255,7 +267,9 @@ class _Run:
     def _progress(self) -> float:
         if self.plan.steps is not None:
             return self.step / self.plan.steps
-        return self._seconds() / (60 * (self.plan.minutes or 1))
+        # Several ranks have to come to the same answer.
+        seconds = self._seconds() if self.ranks.count == 1 else self.clock
+        return seconds / (60 * (self.plan.minutes or 1))
 
     def _is_time(self, every: int, last: bool) -> bool:
         return last or bool(every and self.step % every == 0)
@@ -263,10 +277,16 @@ class _Run:
     # --- One step
 
     def _batch(self, step: int) -> tuple[Batch, int]:
-        """This rank's batch of a step, on the host, and how many tokens the whole batch has to learn."""
-        batch = self.batches.at(step, self.ranks.rank, self.ranks.count)
-        learnt = torch.tensor(int((batch.targets != IGNORED).sum()), device=self.device)
-        return batch, max(1, int(self.ranks.total(learnt)))
+        """This rank's batch of a step, on the host, and how many tokens the whole batch has to learn.
+
+        Here, once a step, ranks also agree on the time and on whether to stop.
+        """
+        ranks = self.ranks
+        batch = self.batches.at(step, ranks.rank, ranks.count)
+        seconds = self._seconds() if ranks.rank == 0 else 0.0
+        learnt, self.clock, told = ranks.sums(int((batch.targets != IGNORED).sum()), seconds, int(ranks.interrupted))
+        self.stopping = told > 0
+        return batch, max(1, int(learnt))
 
     def _train_step(self, made: tuple[Batch, int]) -> tuple[Event, tuple[Batch, int]]:
         """Train on a batch; returns the event and the next batch, made while the device was at work."""
@@ -347,6 +367,7 @@ class _Run:
             )
             by_name[corpus.name] = _number(total / math.log(2) / corpus.text_bytes)
             nats, size, tokens = nats + total, size + corpus.text_bytes, tokens + count
+        self.ranks.settle(self.objective)
         bits = _number(nats / math.log(2) / size)
         self.best = min((each for each in (bits, self.best) if each is not None), default=None)
         return {
@@ -382,7 +403,7 @@ class _Run:
 
     def _parts(self) -> dict[str, Part]:
         """This rank's part of all that a checkpoint holds: parameters and optimizer state."""
-        parts = {f"model.{name}": self.ranks.part(tensor.data) for name, tensor in self.model.named_parameters()}
+        parts = {f"model.{name}": self.ranks.part(tensor.detach()) for name, tensor in self.model.named_parameters()}
         for name, kind, tensor in self.optimizers.tensors():
             parts[f"optimizer.{name}.{kind}"] = self.ranks.part(tensor)
         return parts
@@ -392,7 +413,8 @@ class _Run:
         state.load_checkpoint(checkpoint, self._parts())
         self.step = checkpoint.step
         told = checkpoint.state
-        self.seconds_before, self.skipped, self.best = told["seconds"], told["skipped"], told["best"]
+        self.clock = self.seconds_before = told["seconds"]
+        self.skipped, self.best = told["skipped"], told["best"]
         self.rollbacks, self.lr_scale = told["rollbacks"], told["lr_scale"]
         self.began = time.perf_counter()
 
@@ -448,8 +470,8 @@ def corpus_nats(
                     targets[row, : end - start][~learnt] = IGNORED
         scored += int((targets != IGNORED).sum())
         total += objective(ids.to(device), targets.to(device)).item()
-    sums = ranks.total(torch.tensor([total, float(scored)], dtype=torch.float64, device=device)).tolist()
-    return sums[0], int(sums[1])
+    nats, tokens = ranks.sums(total, scored)
+    return nats, int(tokens)
 
 
 def _row(parameter: Tensor) -> int:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+
+from gptcli.train.ranks import Ranks
 
 Kind = Literal["adamw", "muon"]
 KINDS: tuple[Kind, ...] = ("muon", "adamw")
@@ -22,7 +24,10 @@ class Optimizers:
     Sources: Jordan et al. 2024 (Muon), Liu et al. 2025 (its scale), Brown et al. 2020, appendix B (betas).
     """
 
-    def __init__(self, kind: Kind, model: nn.Module, lr: float, weight_decay: float) -> None:
+    def __init__(
+        self, kind: Kind, model: nn.Module, lr: float, weight_decay: float, ranks: Ranks | None = None
+    ) -> None:
+        """To be called when ``ranks`` have wrapped the model, since that may change its parameters."""
         self._lr = lr
         named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         muon = [name for name in named if kind == "muon" and _is_block_matrix(name, named[name])]
@@ -30,15 +35,11 @@ class Optimizers:
         self._names = {id(parameter): name for name, parameter in named.items()}
         self._each: list[torch.optim.Optimizer] = []
         if muon:
-            self._each.append(
-                torch.optim.Muon(
-                    [named[name] for name in muon],
-                    lr=lr,
-                    weight_decay=weight_decay,
-                    momentum=0.95,
-                    adjust_lr_fn="match_rms_adamw",
-                )
-            )
+            matrices = [named[name] for name in muon]
+            if ranks is not None and ranks.writers > 1:
+                self._each.append(_PartedMuon(matrices, lr, weight_decay, ranks))
+            else:
+                self._each.append(_muon(matrices, lr, weight_decay, momentum=0.95))
         if rest:
             groups = [
                 {"params": [named[name] for name in rest if named[name].dim() >= 2], "weight_decay": weight_decay},
@@ -78,6 +79,44 @@ class Optimizers:
                         state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
                         state["exp_avg"] = torch.zeros_like(parameter)
                         state["exp_avg_sq"] = torch.zeros_like(parameter)
+
+
+def _muon(matrices: list[nn.Parameter], lr: float, weight_decay: float, **more: Any) -> torch.optim.Muon:
+    return torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw", **more)
+
+
+class _PartedMuon(torch.optim.Muon):
+    """Muon where each rank holds some rows of a matrix: what is orthogonal is the whole of it.
+
+    A matrix at a time is brought together on every rank, and each makes the same update of it and takes its rows.
+    Equals torch's own within rounding.
+    """
+
+    def __init__(self, matrices: list[nn.Parameter], lr: float, weight_decay: float, ranks: Ranks) -> None:
+        super().__init__(matrices, lr=lr, weight_decay=weight_decay, momentum=0.95)
+        self._ranks = ranks
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for matrix in group["params"]:
+                if matrix.grad is None:
+                    continue
+                state, momentum = self.state[matrix], group["momentum"]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(matrix)
+                held = state["momentum_buffer"].lerp_(matrix.grad, 1 - momentum)
+                step = self._orthogonal(self._ranks.whole(matrix.grad.lerp(held, momentum)), group["lr"])
+                own = self._ranks.part(matrix)
+                own.tensor.mul_(1 - group["lr"] * group["weight_decay"])
+                own.tensor.add_(step[own.start : own.start + len(own.tensor)])
+
+    def _orthogonal(self, direction: Tensor, lr: float) -> Tensor:
+        """The step that torch's Muon makes from zero, along a direction that has its momentum already."""
+        start = nn.Parameter(torch.zeros_like(direction))
+        start.grad = direction
+        _muon([start], lr, 0.0, momentum=0.0, nesterov=False).step()
+        return start.detach()
 
 
 def _is_block_matrix(name: str, parameter: Tensor) -> bool:

@@ -79,13 +79,13 @@ def between(tokens: T, first: int, last: int) -> Tokens:
 
 def map_shard(file: Path, dtype: np.dtype[Any], tokens: int) -> npt.NDArray[Any]:
     """The tokens of a file, mapped. Raises CorruptError if it can't be, or if it holds another number of them."""
+    size = tokens * dtype.itemsize
     try:
-        if tokens * dtype.itemsize < _MAPPED:
-            array = np.fromfile(file, dtype)
-        else:
-            array = np.asarray(np.memmap(file, dtype, mode="r"))  # a plain array: slices of a memmap cost more
+        if file.stat().st_size != size:
+            message = f"{file} holds {file.stat().st_size:,} bytes, not {size:,}"
+            raise CorruptError(message, "run it again: it is then made anew")
+        if size < _MAPPED:
+            return np.fromfile(file, dtype)
+        return np.asarray(np.memmap(file, dtype, mode="r"))  # a plain array: slices of a memmap cost more
     except (OSError, ValueError) as error:
         raise CorruptError(f"{file} can't be read: {error}", "run it again: it is then made anew") from None
-    if len(array) != tokens:
-        raise CorruptError(f"{file} holds {len(array):,} tokens, not {tokens:,}", "run it again: it is then made anew")
-    return array

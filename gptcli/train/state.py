@@ -1,9 +1,9 @@
 """Checkpoints of a training run: tensors as safetensors, the rest as JSON; no pickle is written or read.
 
-``checkpoints/step-000001000/`` holds ``state.json`` and one ``part-00001-of-00001.safetensors`` a rank. Each tensor is
-stored with the rows that the rank held, so that any number of ranks can go on from what any other number wrote. A
-checkpoint is written into a folder beside, synced, and renamed: it is there whole or not at all. Where that step has a
-checkpoint already, the earlier one is called ``.old`` for the moment that both are there.
+``checkpoints/step-000001000/`` holds ``state.json`` and one ``part-00001-of-00001.safetensors`` for each rank that has
+something of its own. Each tensor is stored with the rows that the rank held, so that any number of ranks can go on from
+what any other number wrote. A checkpoint is written into a folder beside, synced, and renamed: it is there whole or not
+at all. Where that step has a checkpoint already, the earlier one is called ``.old`` for the moment that both are there.
 """
 
 from __future__ import annotations
@@ -65,10 +65,11 @@ def save_checkpoint(out: Path, parts: Mapping[str, Part], state: Mapping[str, An
             temporary.mkdir()
         ranks.wait()
         try:
-            _write_part(temporary, parts, ranks)
+            if ranks.rank < ranks.writers:
+                _write_part(temporary, parts, ranks)
             if ranks.rank == 0:
                 file = temporary / _STATE
-                file.write_text(json.dumps({**state, "parts": ranks.count}, indent=2) + "\n")
+                file.write_text(json.dumps({**state, "parts": ranks.writers}, indent=2) + "\n")
                 sync(file)
             ranks.wait()
             if ranks.rank == 0:
@@ -82,7 +83,7 @@ def save_checkpoint(out: Path, parts: Mapping[str, Part], state: Mapping[str, An
 
 
 def _write_part(folder: Path, parts: Mapping[str, Part], ranks: Ranks) -> None:
-    file = folder / f"part-{ranks.rank + 1:05d}-of-{ranks.count:05d}.safetensors"
+    file = folder / f"part-{ranks.rank + 1:05d}-of-{ranks.writers:05d}.safetensors"
     places = {name: [part.start, part.rows] for name, part in parts.items()}
     tensors = {name: part.tensor.detach().cpu().contiguous() for name, part in parts.items()}
     save_file(tensors, file, metadata={"format": "pt", "rows": json.dumps(places)})
@@ -139,6 +140,13 @@ def checkpoints(out: Path) -> Iterator[Checkpoint]:
         except _DAMAGE:
             continue
         yield Checkpoint(folder, state)
+
+
+def remove_checkpoints(out: Path) -> None:
+    """Remove every checkpoint, for a run that begins anew. Raises OutputError when one would stay."""
+    if (out / FOLDER).exists():
+        with output_errors(out / FOLDER):
+            shutil.rmtree(out / FOLDER)
 
 
 def load_checkpoint(checkpoint: Checkpoint, parts: Mapping[str, Part]) -> None:

@@ -36,10 +36,13 @@ def gptcli_steps(
     The loop is ``gptcli.train.loop.train`` with its defaults; ``settings`` are further fields of its Plan by name. It
     neither evaluates nor saves before the end.
     """
+    from gptcli.core import runtime
     from gptcli.core.build import random_model
     from gptcli.spec.config import ModelConfig
     from gptcli.train.data import Corpus
     from gptcli.train.loop import Plan, train
+
+    runtime.keep_freed_memory()  # as the command does
 
     head_dim = size.width // size.heads
     shape = (size.vocab_size, size.context, size.layers, size.width, size.heads, size.heads, head_dim, 4 * size.width)

@@ -10,7 +10,7 @@ import sys
 
 from common import in_turn, report, seconds_of, summary
 
-COMMANDS = ("generate", "tokenize", "count-params", "train", "models", "models list")
+COMMANDS = ("generate", "tokenize", "count-params", "train", "plot", "models", "models list")
 
 
 def main() -> None:

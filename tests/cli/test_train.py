@@ -8,58 +8,24 @@ import lzma
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.cli.conftest import Done, Run
-
-SENTENCES = ("The king had a daughter.", "One day she went to the forest.", "They were happy, all of them.")
-TEXT = "\n<|endoftext|>\n".join(" ".join([sentence] * 4) for sentence in SENTENCES)
-SIZE = ("--layers", "1", "--heads", "2", "--width", "16", "--context", "16", "--batch-tokens", "64")
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    (tmp_path / "text.txt").write_text(TEXT)
-    return tmp_path / "text.txt"
-
-
-@pytest.fixture
-def train(run: Run, tmp_path: Path, tiny_folder: Path) -> Run:
-    """``gptcli train`` of a very small model into ``tmp_path/out``; all in JSON."""
-
-    def call(*args: str | Path, tokenizer: bool = True, **more: Any) -> Done:
-        own = ("--tokenizer", tiny_folder) if tokenizer else ()
-        sized = "--config" in args or "--preset" in args
-        fixed = (*own, *(SIZE[-2:] if sized else SIZE), "--dtype", "float32", "--json", "-q")
-        return run("train", *fixed, *(() if "-o" in args else ("-o", tmp_path / "out")), *args, **more)
-
-    return call
-
-
-def events(done: Done) -> list[dict[str, Any]]:
-    assert done.code == 0, done.err
-    return [json.loads(line) for line in done.out.splitlines()]
-
-
-def refused(done: Done, code: int = 2) -> str:
-    """The message of a run that was refused before anything was trained."""
-    assert (done.code, done.out) == (code, b""), done.err
-    error: str = json.loads(done.err.splitlines()[-1])["error"]["message"]
-    return error
-
+from tests.cli.conftest import SIZE, Run
+from tests.cli.training import SENTENCES, TEXT, checkpoint_names, events, of_kind, refused
 
 # --- What comes out
 
 
 def test_a_trained_folder_opens_in_every_command(train: Run, run: Run, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    told = events(train(text, "--vocab-size", "280", "--steps", "4", "--valid", text, tokenizer=False))
+    told = events(train(text, "--vocab-size", "280", "--steps", "4", "--valid", text))
     assert told[-1]["event"] == "done"
     names = {file.name for file in out.iterdir()}
-    assert names >= {"config.json", "model.safetensors", "tokenizer.json", "metrics.jsonl", "train.toml"}
-    assert not [name for name in names if name.startswith(".")]
+    assert names == {
+        *("config.json", "model.safetensors", "tokenizer.json", "metrics.jsonl", "train.toml", "checkpoints"),
+    }
+    assert checkpoint_names(out) == ["step-000000004"]
     assert run("models", "verify", out).code == 0
     shown = run("models", "show", out, "--json").json
     assert shown["config"] | {"vocab_size": 280, "layers": 1, "heads": 2, "width": 16, "context": 16} == shown["config"]
@@ -73,23 +39,36 @@ def test_a_trained_folder_opens_in_every_command(train: Run, run: Run, text: Pat
 
 def test_events_are_lines_in_order_and_in_metrics(train: Run, text: Path, tmp_path: Path) -> None:
     told = events(train(text, "--steps", "4", "--eval-every", "2", "--save-every", "2", "--valid", text, "--seed", "3"))
-    kinds = [event["event"] for event in told]
-    assert kinds == ["start", "step", "step", "eval", "save", "step", "step", "eval", "save", "done"]
+    half = ["step", "step", "eval", "sample", "save"]
+    assert [event["event"] for event in told] == ["start", *half, *half, "done"]
     assert told == [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     start = told[0]
-    assert start["seed"] == 3
-    assert (start["device"], start["dtype"], start["steps"], start["batch_tokens"]) == ("cpu", "float32", 4, 64)
-    steps = [event for event in told if event["event"] == "step"]
+    known = {"seed": 3, "device": "cpu", "dtype": "float32", "steps": 4, "minutes": None, "batch_tokens": 64}
+    known |= {"step": 0, "tokens": 0, "optimizer": "muon", "micro_batch": 4, "accumulate": 1, "resumed": False}
+    known |= {"compile": False, "checkpoint_activations": False, "ranks": 1, "parallel": "none"}
+    assert start | known == start
+    assert start["flops_per_token"] > 0
+    steps = of_kind("step", told)
     assert [(step["step"], step["tokens"]) for step in steps] == [(1, 64), (2, 128), (3, 192), (4, 256)]
-    for step in steps:
-        assert step.keys() >= {"event", "step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second"}
+    for number, step in enumerate(steps, 1):
         assert step["loss"] > 0
         assert step["grad_norm"] > 0
         assert step["tokens_per_second"] > 0
-    (evaluation,) = [event for event in told if event["event"] == "eval" and event["step"] == 4]
-    assert list(evaluation["valid"]) == ["text"]
-    assert evaluation["bits_per_byte"] == evaluation["valid"]["text"]
-    assert (told[-1]["step"], told[-1]["tokens"], told[-1]["skipped"]) == (4, 256, 0)
+        assert step["seconds"] > 0
+        assert 0 < step["lr"] <= 0.005
+        assert (step["progress"], step["skipped"]) == (number / 4, False)
+    assert [step["seconds"] for step in steps] == sorted(step["seconds"] for step in steps)
+    first, last = of_kind("eval", told)
+    assert list(last["valid"]) == ["text"]
+    assert last["bits_per_byte"] == last["valid"]["text"]
+    assert last["best"] == min(first["bits_per_byte"], last["bits_per_byte"])
+    sample = of_kind("sample", told)[0]
+    assert (sample["prompt"], sample["seed"], type(sample["text"])) == ("", 3, str)
+    saves = of_kind("save", told)
+    assert [save["path"] for save in saves] == [str(tmp_path / "out")] * 2
+    assert [Path(save["checkpoint"]).name for save in saves] == checkpoint_names(tmp_path / "out")
+    done = told[-1]
+    assert (done["step"], done["tokens"], done["skipped"], done["bits_per_byte"]) == (4, 256, 0, last["best"])
 
 
 def test_for_people_the_answer_is_the_folder_and_the_rest_is_talk(
@@ -104,18 +83,21 @@ def test_for_people_the_answer_is_the_folder_and_the_rest_is_talk(
 
 def test_the_run_can_be_read_in_train_toml(train: Run, text: Path, tmp_path: Path) -> None:
     tomllib = pytest.importorskip("tomllib" if sys.version_info >= (3, 11) else "tomli")
-    events(train(text, "--steps", "2", "--lr", "0.005", "--seed", "9"))
+    events(
+        train(text, "--steps", "2", "--lr", "0.005", "--seed", "9", "--micro-batch", "2", "--sample-prompt", 'ö "\\')
+    )
     asked = tomllib.loads((tmp_path / "out" / "train.toml").read_text())
-    assert asked["data"] == [str(text)]
+    assert (asked["data"], asked["sample_prompt"]) == ([str(text)], 'ö "\\')
     assert (asked["lr"], asked["seed"], asked["steps"], asked["layers"]) == (0.005, 9, 2, 1)
     assert (asked["dtype"], asked["save_dtype"]) == ("float32", "float32")
+    assert (asked["optimizer"], asked["vocab_size"], asked["micro_batch"]) == ("muon", 300, 2)
 
 
 def test_the_same_seed_gives_the_same_weights_to_the_bit(train: Run, text: Path, tmp_path: Path) -> None:
     weights = {}
     for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
         args = ("--steps", "6", "--seed", seed, "--vocab-size", "280", "-o", tmp_path / name)
-        told = events(train(text, *args, tokenizer=False))
+        told = events(train(text, *args))
         losses = [event["loss"] for event in told if event["event"] == "step"]
         weights[name] = (losses, (tmp_path / name / "model.safetensors").read_bytes())
     assert weights["a"] == weights["b"]
@@ -161,6 +143,7 @@ def test_minutes(train: Run, text: Path) -> None:
     assert told[-1]["seconds"] >= 0.3
     assert told[-1]["step"] >= 1
     assert told[-2]["event"] == "save"
+    assert told[-2]["step"] == told[-1]["step"]
 
 
 # --- Where it goes
@@ -244,7 +227,7 @@ def test_data_that_is_not_there_is_3(train: Run, text: Path, tmp_path: Path) -> 
     refused(train(tmp_path / "none", "--steps", "1"), 3)
     refused(train(text / "below", "--steps", "1", "-o", tmp_path / "fourth"), 3)
     refused(train(text, "--valid", tmp_path / "none", "--steps", "1", "-o", tmp_path / "other"), 3)
-    refused(train(text, "--steps", "1", "--tokenizer", "no-such-model", "-o", tmp_path / "third", tokenizer=False), 3)
+    refused(train(text, "--steps", "1", "--tokenizer", "no-such-model", "-o", tmp_path / "third"), 3)
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
@@ -263,48 +246,8 @@ def test_no_text_and_too_little_are_wrong_use(train: Run, tmp_path: Path) -> Non
 # --- Wrong use
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        ("--vocab-size", "280"),  # beside --tokenizer
-        ("--steps", "1", "--tokens", "10"),
-        ("--epochs", "1", "--minutes", "1"),
-        ("--steps", "0"),
-        ("--tokens", "0"),
-        ("--epochs", "0"),
-        ("--epochs", "nan"),
-        ("--minutes", "-1"),
-        ("--lr", "0"),
-        ("--lr", "nan"),
-        ("--lr", "inf"),
-        ("--weight-decay", "-1"),
-        ("--weight-decay", "nan"),
-        ("--seed", "-1"),
-        ("--seed", str(2**64)),
-        ("--heads", "3"),
-        ("--heads", "0"),
-        ("--layers", "0"),
-        ("--context", "1"),
-        ("--batch-tokens", "0"),
-        ("--eval-every", "-1"),
-        ("--device", "abacus"),
-        ("--dtype", "float16"),
-        ("--dtype", "float8"),
-        ("--save-dtype", "int8"),
-        ("--threads", "0"),
-        ("--preset", "gpt2", "--config", "config.json"),
-        ("-",),
-    ],
-    ids=" ".join,
-)
-def test_wrong_use_is_2(train: Run, text: Path, options: tuple[str, ...]) -> None:
-    limit = () if {"--steps", "--tokens", "--epochs", "--minutes"} & set(options) else ("--steps", "1")
-    twice = ("-",) if options == ("-",) else ()
-    refused(train(text, *limit, *options, *twice, stdin=b""))
-
-
 def test_a_vocabulary_without_room_for_the_bytes(train: Run, text: Path) -> None:
-    assert "256" in refused(train(text, "--steps", "1", "--vocab-size", "256", tokenizer=False))
+    assert "256" in refused(train(text, "--steps", "1", "--vocab-size", "256"))
 
 
 def test_a_refusal_leaves_no_folder_in_the_way(train: Run, text: Path, tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def test_gpt3_on_8_cards_of_141_gb() -> None:
     assert parts == pytest.approx(float(rows["Total"]), abs=0.04)
     too_much = float(rows["Total"]) - float(rows["Card"])
     assert lines[-2] == f"It does not fit: {too_much:.2f} GB too much on each card."
-    assert lines[-1].startswith("It takes at least 27 cards of 141 GB, fully sharded")
+    assert lines[-1].startswith("It takes at least 28 cards of 141 GB, fully sharded")
 
 
 def test_a_plan_that_fits_says_what_is_left() -> None:

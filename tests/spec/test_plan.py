@@ -97,6 +97,16 @@ def test_bfloat16_saves_activations_and_pays_for_copies() -> None:
     assert 0.5 * whole.rank.activations < half.rank.activations < 0.7 * whole.rank.activations
 
 
+def test_fsdp_gathers_matrices_as_they_are_multiplied_and_the_rest_in_float32() -> None:
+    half = plan(ranks=4, parallel="fsdp", micro_batch_rows=8)
+    whole = plan(ranks=4, parallel="fsdp", micro_batch_rows=8, dtype="float32")
+    # The matrices of a block with their biases; all else: the tables, the 25 norms.
+    block = 12 * 768 * 768 + 9 * 768
+    root = 124_439_808 - 12 * block
+    assert whole.rank.gathered == 4 * (2 * block + root + block + root) + 4 * block
+    assert half.rank.gathered == 2 * 3 * block + 4 * 2 * root + 4 * block + 2 * 50_257 * 768
+
+
 def test_logits_are_held_in_chunks() -> None:
     assert plan(micro_batch_rows=8).rank.logits == LOGIT_BYTES
     assert plan(micro_batch_rows=1, context=128).rank.logits == 128 * 50_257 * 8

@@ -188,7 +188,7 @@ def test_a_large_document_comes_in_parts_and_is_one_to_train_on(tmp_path: Path, 
     assert valid is not None
     large = [document for document in documents if len(document.encode()) > 700]
     same(train, encode_documents("data", large, make.tokenizer, 0))
-    assert train.documents + valid.documents == 20
+    assert train.documents + valid.documents == sum(not document.isspace() for document in filter(None, documents))
 
 
 @pytest.mark.usefixtures("small")
@@ -378,27 +378,20 @@ def test_a_preparation_killed_at_any_moment_goes_on(
 ) -> None:
     """kill -9 at moments a seed picks: what is left and finished equals, byte for byte, what was never interrupted."""
     make.check(*inputs, held_out=0.2)
-    total = make_total(make, inputs)
     chance = random.Random(3)
     killed = tmp_path / "killed"
-    seen = 0
+    unfinished = 0
     for _ in range(6):
         with child(make, killed, tiny_folder, *inputs, workers=1) as process:
             assert process.stdout is not None
             assert process.stdout.readline() == "go\n"
             for _ in range(chance.randrange(2, 60)):
-                seen = int(process.stdout.readline() or total)
+                process.stdout.readline()
             process.kill()
-    assert seen > 0
+        unfinished += contents(killed) != contents(make.cache)
+    assert unfinished >= 3
     Maker(tiny_folder, killed)(*inputs, held_out=0.2)
     assert contents(killed) == contents(make.cache)
-
-
-def make_total(make: Maker, inputs: list[str]) -> int:
-    told: list[int | None] = []
-    make(*inputs, held_out=0.2, progress=lambda done, total: told.append(total))
-    assert told[-1] is not None
-    return told[-1]
 
 
 @pytest.mark.usefixtures("small")
@@ -408,8 +401,8 @@ def test_a_preparation_stopped_behind_any_unit_goes_on_with_little_lost(
     """As above, but at each unit in turn; and no more than a shard is read again."""
     make(*inputs, held_out=0.2)
     other = Maker(tiny_folder, tmp_path / "stopped")
-    count = stop = 0
-    for stop in range(1, 2000):
+    count = stops = 0
+    while stops < 200:
         count = 0
 
         def stopping(done: int, total: int | None) -> None:
@@ -422,8 +415,8 @@ def test_a_preparation_stopped_behind_any_unit_goes_on_with_little_lost(
             other(*inputs, held_out=0.2, workers=1, progress=stopping)
             break
         except KeyboardInterrupt:
-            continue
-    assert 5 < stop < 200
+            stops += 1
+    assert 5 < stops < 200
     assert contents(other.cache) == contents(make.cache)
 
 
@@ -451,7 +444,7 @@ def test_a_damaged_shard_is_made_anew(make: Maker, inputs: list[str], damage: st
     if damage == "shorter":
         os.truncate(shard, shard.stat().st_size - 2)
     elif damage == "longer":
-        shard.write_bytes(shard.read_bytes() + b"\0\0")
+        shard.write_bytes(shard.read_bytes() + b"\0")
     elif damage == "gone":
         shard.unlink()
     elif damage == "no record":
