@@ -75,7 +75,8 @@ def go(said: Output, asked: Asked, out: Path, *, resumed: Resumed | None, replac
     from gptcli.train.ranks import join
 
     if resumed and resumed.done is not None:
-        said.note(f"the run in {out} is complete: {resumed.checkpoint.step:,} steps")
+        steps = f"{resumed.checkpoint.step:,} steps"
+        said.note(f"the run in {out} is complete: {steps}; another can go on from its model with --init-from {out}")
         if said.json:
             said.record(resumed.done)
         else:
