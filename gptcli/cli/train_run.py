@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from gptcli.cli.out import Output
 from gptcli.cli.train_asked import Asked, Resumed, to_keep
@@ -39,7 +39,7 @@ def show_paper_plan(said: Output, asked: Asked) -> None:
         card_bytes=card_bytes,
         batch_tokens=asked.batch_tokens,
         micro_batch_rows=asked.micro_batch,
-        optimizer="adamw" if asked.optimizer == "adamw" else "muon",
+        optimizer=_optimizer(asked),
         dtype="float32" if asked.dtype == "float32" else "bfloat16",
         parallel="ddp" if asked.parallel == "ddp" else "fsdp" if asked.parallel == "fsdp" else "auto",
         checkpoint_activations=asked.checkpoint_activations,
@@ -89,40 +89,40 @@ def go(said: Output, asked: Asked, out: Path, *, resumed: Resumed | None, replac
         said.silence()
     if not resumed:
         _claim(out, replacing, ranks)
-    seed = asked.seed if asked.seed is not None else ranks.agree(runtime.draw_seed())
+    seed = asked.seed if asked.seed is not None else int(ranks.agree(str(runtime.draw_seed()).encode()))
     if asked.seed is None:
         said.note(f"seed {seed}")
         asked = replace(asked, seed=seed)
-    with ranks:
-        _train(said, asked, seed, out, resumed, ranks)
+    _train(said, asked, seed, out, resumed, ranks)
+    ranks.leave()
 
 
 def _train(said: Output, asked: Asked, seed: int, out: Path, resumed: Resumed | None, ranks: Ranks) -> None:
     from gptcli.cli.train_data import fingerprint, read_corpora, tokenizer_digest, tokenizer_files
     from gptcli.core import runtime
+    from gptcli.spec.plan import choose_parallel
     from gptcli.train.loop import METRICS, Plan, train
 
-    target = ranks.device or runtime.pick_device(asked.device)
     begun = resumed.checkpoint.state["options"] if resumed else {}
-    files = tokenizer_files(said, asked, out, begun.get("tokenizer"))
+    files = _from_rank_0(ranks, lambda: tokenizer_files(said, asked, out, begun.get("tokenizer")))
     words = _open_tokenizer(files)
     start_id = _start_token(asked, words)
     model, size = _model(asked, words, start_id, seed)
     corpora = read_corpora(said, asked, words, files, start_id, size)
     # By itself bfloat16, where the device multiplies in it; the weights and the optimizer stay float32.
-    kind = runtime.pick_dtype(asked.dtype, "bfloat16", target)
+    dtype = runtime.pick_dtype(asked.dtype, "bfloat16", ranks.device)
     plan = Plan(
         batch_tokens=asked.batch_tokens,
         lr=asked.lr if asked.lr is not None else _RATES[asked.optimizer][bool(asked.init_from)],
         weight_decay=asked.weight_decay,
-        optimizer="adamw" if asked.optimizer == "adamw" else "muon",
+        optimizer=_optimizer(asked),
         steps=_steps(asked, size.context, corpora[0], ranks.count),
         minutes=asked.minutes,
         eval_every=asked.eval_every,
         save_every=asked.save_every,
         keep=asked.keep,
         seed=seed,
-        dtype=kind,
+        dtype=dtype,
         save_dtype=runtime.DTYPES[asked.save_dtype],
         mask_documents=asked.mask_documents,
         micro_batch=asked.micro_batch,
@@ -136,20 +136,35 @@ def _train(said: Output, asked: Asked, seed: int, out: Path, resumed: Resumed | 
         said.note(f"{len(freeze(model, asked.freeze))} tensors are left as they are")
     told = {**to_keep(asked), "tokenizer": tokenizer_digest(files), "data": fingerprint(corpora[0])}
     _compare(begun, told)
+    kind = asked.parallel
+    if kind == "auto":
+        kind = choose_parallel(size, ranks.count, runtime.memory_bytes(ranks.device), _optimizer(asked))
+    ranks = ranks.share(kind, dtype)
     events = train(
-        model.to(target),
+        model if ranks.kind == "fsdp" else model.to(ranks.device),
         corpora[0],
         corpora[1:],
         plan,
         out,
         files,
-        sampler=_sampler(asked, words, start_id, out.resolve().name, ranks),
+        sampler=_sampler(asked, words, start_id, out.resolve().name),
         sample_every=asked.sample_every,
         resume=resumed.checkpoint if resumed else None,
         options={**begun, **told},
         ranks=ranks,
     )
     _follow(said, events, out, out / METRICS if resumed else None)
+
+
+def _optimizer(asked: Asked) -> Literal["muon", "adamw"]:
+    return "adamw" if asked.optimizer == "adamw" else "muon"
+
+
+def _from_rank_0(ranks: Ranks, made: Callable[[], dict[str, bytes]]) -> dict[str, bytes]:
+    """Files that rank 0 makes, on every rank."""
+    own = {name: content.decode("latin-1") for name, content in made().items()} if ranks.rank == 0 else {}
+    told: dict[str, str] = json.loads(ranks.agree(json.dumps(own).encode()))
+    return {name: content.encode("latin-1") for name, content in told.items()}
 
 
 def _claim(out: Path, replacing: bool, ranks: Ranks) -> None:
@@ -257,9 +272,9 @@ def _compare(begun: Mapping[str, Any], told: Mapping[str, Any]) -> None:
             raise UsageError(f"{what} is not what it was when the run began", f"{hint}, or start anew with --force")
 
 
-def _sampler(asked: Asked, words: Tokenizer, start_id: int, name: str, ranks: Ranks) -> Sampler | None:
-    """Continues ``--sample-prompt`` with the model as it is; on one process, where the model is whole."""
-    if asked.sample_every == 0 or ranks.count > 1:
+def _sampler(asked: Asked, words: Tokenizer, start_id: int, name: str) -> Sampler | None:
+    """Continues ``--sample-prompt`` with the model as it is."""
+    if asked.sample_every == 0:
         return None
     from gptcli.core.build import Model
     from gptcli.core.generate import Request, generate

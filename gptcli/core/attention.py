@@ -30,9 +30,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
     Returns:
         ``[B, H, T, D]``; the same numbers as ``gather(attention_pattern(...))`` within rounding.
     """
-    shared = query.shape[1] != key.shape[1]
-    learns = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-    if learns and isinstance(mask, str) and not shared and query.device.type == "cpu":
+    if _in_blocks(query, key, value, mask):
+        # Autocast leaves what was rotated in float32 beside values in bfloat16.
+        query, key = query.to(value.dtype), key.to(value.dtype)
         gathered: Tensor = _BlockedCausal.apply(query, key, value)  # type: ignore[no-untyped-call]
         return gathered
     return F.scaled_dot_product_attention(
@@ -41,8 +41,14 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
         value,
         attn_mask=mask if isinstance(mask, Tensor) else None,
         is_causal=isinstance(mask, str),
-        enable_gqa=shared,
+        enable_gqa=query.shape[1] != key.shape[1],
     )
+
+
+def _in_blocks(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> bool:
+    """Whether a gradient is wanted of plain causal attention on a CPU: what ``_BlockedCausal`` is for."""
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    return learns and isinstance(mask, str) and query.shape[1] == key.shape[1] and query.device.type == "cpu"
 
 
 class _BlockedCausal(torch.autograd.Function):
@@ -58,7 +64,7 @@ class _BlockedCausal(torch.autograd.Function):
         shape, length = query.shape, query.shape[2]
         scale = 1 / math.sqrt(query.shape[-1])
         # Batch and heads as one axis: [B H, T, D].
-        query, key, value = ((x * scale if x is query else x).flatten(0, 1) for x in (query, key, value))
+        query, key, value = (x.flatten(0, 1) for x in (query * scale, key, value))
         later = query.new_full((_BLOCK, _BLOCK), -math.inf).triu(1)
         gathered = torch.empty_like(query)
         patterns = []
@@ -79,8 +85,9 @@ class _BlockedCausal(torch.autograd.Function):
         shape, scale = gradients[0].shape, 1 / math.sqrt(query.shape[-1])
         gradient = gradients[0].flatten(0, 1)
         to_query = torch.empty_like(query)
-        # Summed over blocks, so in float32.
-        to_key, to_value = (torch.zeros_like(x, dtype=torch.float32) for x in (key, value))
+        # Summed over blocks, so in float32 at least.
+        wide = torch.promote_types(key.dtype, torch.float32)
+        to_key, to_value = (torch.zeros_like(x, dtype=wide) for x in (key, value))
         for number, pattern in enumerate(patterns):
             start = number * _BLOCK
             end = start + pattern.shape[1]

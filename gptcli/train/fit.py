@@ -137,7 +137,9 @@ def _largest(objective: nn.Module, rows: int, saving: bool) -> int:
     tried = rows
     while True:
         try:
-            _pass(objective, tried)
+            # Where there are several parts to a step, the second is beside the gradients of the first.
+            for _ in range(1 if tried == rows else 2):
+                _pass(objective, tried)
             return tried
         except torch.OutOfMemoryError:
             if tried == 1:

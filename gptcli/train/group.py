@@ -67,6 +67,14 @@ class Group(Ranks):
             raise UsageError(f"{self.count} ranks can't share a model by {kind!r}", "use auto, ddp or fsdp")
         return kinds[kind](self, dtype)
 
+    def agree(self, data: bytes) -> bytes:
+        length = int(self.sums(len(data) if self.rank == 0 else 0)[0])  # exact in float64
+        told = torch.zeros(length, dtype=torch.uint8)
+        if self.rank == 0:
+            told.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        dist.broadcast(told, 0)
+        return told.numpy().tobytes()
+
     def sums(self, *numbers: float) -> list[float]:
         sums = torch.tensor(numbers, dtype=torch.float64)
         dist.all_reduce(sums)

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import math
+import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from gptcli.core.checkpoint import output_errors
 from gptcli.core.model import Transformer
 from gptcli.errors import DivergedError, UsageError
 from gptcli.spec.plan import flops_per_token
@@ -102,12 +109,17 @@ def train(
     run.sampler, run.sample_every, run.options = sampler, sample_every, dict(options or {})
     if resume is not None:
         run.go_back_to(resume)
-        run.resumed = True
+        run.resumed = resume
         if ranks.rank == 0:
             state.keep_metrics_until(out / METRICS, resume.step)
     elif ranks.rank == 0:
         state.remove_checkpoints(out)
-    with (out / METRICS if ranks.rank == 0 else Path("/dev/null")).open("a" if resume else "w") as metrics:
+    file = out / METRICS if ranks.rank == 0 else Path(os.devnull)
+    with output_errors(file):
+        out.mkdir(parents=True, exist_ok=True)
+        # Without a buffer, so that nothing is left to be written when the disk is full.
+        opened = file.open("ab" if resume else "wb", buffering=0)
+    with opened as metrics:
         yield from run.events(metrics)
 
 
@@ -115,7 +127,7 @@ class _Run:
     sampler: Sampler | None = None
     sample_every: int | None = None
     options: Mapping[str, Any] = {}
-    resumed = False
+    resumed: Checkpoint | None = None
 
     def __init__(
         self,
@@ -140,7 +152,7 @@ class _Run:
         self.optimizers = Optimizers(plan.optimizer, model, plan.lr, plan.weight_decay, ranks)
         # At once, so that trying what fits finds the memory as full as it will be.
         self.optimizers.create_state()
-        self.step = self.skipped = self.rollbacks = 0
+        self.step = self.skipped = self.rollbacks = self.saves = 0
         self.lr_scale = 1.0
         self.best: float | None = None
         self.seconds_before = 0.0  # of the parts before this one
@@ -150,7 +162,7 @@ class _Run:
 
     # --- The run as a whole
 
-    def events(self, metrics: TextIO) -> Iterator[Event]:
+    def events(self, metrics: FileIO) -> Iterator[Event]:
         with self.ranks.deferring_interrupts():
             try:
                 for event in self._events():
@@ -188,7 +200,8 @@ class _Run:
                 whole = self.ranks.whole_model(self.model)
                 if self.ranks.rank == 0:
                     yield {"event": "sample", **self._position(), **self.sampler(whole, self.step)}
-            if self._is_time(plan.save_every, last) and not failed:
+            # Not weights that may be what makes the loss infinite, unless there will be no better ones.
+            if last or (self._is_time(plan.save_every, last) and not failed):
                 yield self._save()
         seconds = self._seconds()
         yield {
@@ -202,7 +215,8 @@ class _Run:
 
     def _choices(self) -> fit.Choices:
         """Find out, or read from the checkpoint, what is chosen by trying; and set the model up so."""
-        known = self.options.get("choices") if self.resumed else None
+        told = self.resumed.state if self.resumed else {}
+        known = told["options"].get("choices") if told.get("ranks") == self.ranks.count else None
         chosen = fit.Choices(**known) if known else fit.choose(self.objective, self.plan, self.own_rows, self.ranks)
         self.options = {**self.options, "choices": chosen.to_dict()}
         fit.apply(self.model, chosen)
@@ -235,7 +249,7 @@ class _Run:
             "parallel": self.ranks.kind,
             "flops_per_token": self.flops,
             "peak_flops_per_second": self.peak,
-            "resumed": self.resumed,
+            "resumed": self.resumed is not None,
         }
 
     def _parameters(self) -> Iterator[Tensor]:
@@ -284,12 +298,13 @@ class _Run:
         following = self._batch(self.step + 1)
         nats, length = loss.item(), norm.item()
         finite = math.isfinite(nats) and math.isfinite(length)
-        if finite:
-            self.optimizers.step(lr_scale)
-        else:
-            self.optimizers.zero_grad()
-            self.skipped += 1
-        self.step += 1
+        with _undivided():
+            if finite:
+                self.optimizers.step(lr_scale)
+            else:
+                self.optimizers.zero_grad()
+                self.skipped += 1
+            self.step += 1
         tokens = self.rows * self.model.config.context
         rate = tokens / (time.perf_counter() - start)
         event = {
@@ -342,15 +357,15 @@ class _Run:
             total, count = corpus_nats(
                 self.objective, corpus, self.model.config.context, self.micro, self.device, self.ranks
             )
-            by_name[corpus.name] = total / math.log(2) / corpus.text_bytes
+            by_name[corpus.name] = _number(total / math.log(2) / corpus.text_bytes)
             nats, size, tokens = nats + total, size + corpus.text_bytes, tokens + count
         self.ranks.settle(self.objective)
-        bits = nats / math.log(2) / size
-        self.best = bits if self.best is None else min(bits, self.best)
+        bits = _number(nats / math.log(2) / size)
+        self.best = min((each for each in (bits, self.best) if each is not None), default=None)
         return {
             "event": "eval",
             **self._position(),
-            "loss": nats / max(1.0, tokens),
+            "loss": _number(nats / max(1.0, tokens)),
             "bits_per_byte": bits,
             "best": self.best,
             "valid": by_name,
@@ -367,10 +382,14 @@ class _Run:
             "lr_scale": self.lr_scale,
             "best": self.best,
             "options": self.options,
+            "ranks": self.ranks.count,
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
         }
-        checkpoint = state.save_checkpoint(self.out, self._parts(), told, self.ranks, self.plan.keep)
+        # What an earlier run left in the folder is not kept.
+        keep = self.plan.keep if self.resumed else min(self.plan.keep, self.saves + 1)
+        checkpoint = state.save_checkpoint(self.out, self._parts(), told, self.ranks, keep)
+        self.saves += 1
         self.ranks.save_folder(self.model, self.out, self.plan.save_dtype, self.files)
         return {"event": "save", **self._position(), "path": str(self.out), "checkpoint": str(checkpoint)}
 
@@ -394,7 +413,8 @@ class _Run:
     def _roll_back(self) -> Event:
         """After several steps in vain: back to the last checkpoint, with a smaller learning rate."""
         step, seconds, skipped, rollbacks = self.step, self._seconds(), self.skipped, self.rollbacks + 1
-        checkpoint = next(state.checkpoints(self.out), None)
+        own = state.checkpoints(self.out) if self.resumed or self.saves else iter(())
+        checkpoint = next(own, None)
         if checkpoint is None or rollbacks > _MOST_ROLLBACKS:
             where = "before the first checkpoint" if checkpoint is None else "again and again"
             raise DivergedError(
@@ -402,10 +422,11 @@ class _Run:
                 "use a smaller --lr, or --dtype float32",
             )
         smaller = self.lr_scale * _BACK_OFF
-        self.go_back_to(checkpoint)
-        # What happened has happened, though the weights are the old ones.
-        self.seconds_before, self.skipped, self.rollbacks, self.lr_scale = seconds, skipped, rollbacks, smaller
-        self.began = time.perf_counter()
+        with _undivided():
+            self.go_back_to(checkpoint)
+            # What happened has happened, though the weights are the old ones.
+            self.seconds_before, self.skipped, self.rollbacks, self.lr_scale = seconds, skipped, rollbacks, smaller
+            self.began = time.perf_counter()
         return {"event": "rollback", "step": step, "to_step": self.step, "lr_scale": smaller}
 
 
@@ -449,10 +470,29 @@ def _row(parameter: Tensor) -> int:
     return math.prod(parameter.shape[1:])
 
 
-def _told(event: Event, metrics: TextIO) -> Event:
-    metrics.write(json.dumps(event) + "\n")
-    metrics.flush()
+def _told(event: Event, metrics: FileIO) -> Event:
+    line = (json.dumps(event) + "\n").encode()
+    with output_errors(Path(str(metrics.name))):
+        if metrics.write(line) < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     return event
+
+
+@contextlib.contextmanager
+def _undivided() -> Iterator[None]:
+    """Within, Ctrl-C waits for the end, so that what is saved then is no half of a step."""
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    came: list[Any] = []
+    signal.signal(signal.SIGINT, lambda *told: came.append(told))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if came:
+        handler(*came[0])
 
 
 def _number(value: float) -> float | None:

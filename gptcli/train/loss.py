@@ -43,6 +43,8 @@ def cross_entropy(vectors: Tensor, unembedding: Tensor, targets: Tensor) -> Tens
         unembedding: ``[V, C]``.
         targets: ``[N]`` int64; ``IGNORED`` where nothing is to be learnt.
     """
+    if not torch.is_grad_enabled():  # parameters require gradients even then, and would get them
+        vectors, unembedding = vectors.detach(), unembedding.detach()
     loss: Tensor = _ChunkedCrossEntropy.apply(vectors, unembedding, targets)  # type: ignore[no-untyped-call]
     return loss
 
@@ -78,9 +80,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         to_vectors, to_matrix = ctx.saved_tensors
-        scale = gradients[0]
+        scale = gradients[0]  # float32, and not rounded to the vectors' type: it would be off for all of them alike
         return (
-            None if to_vectors is None else to_vectors * scale.to(to_vectors.dtype),
+            None if to_vectors is None else to_vectors * scale,
             None if to_matrix is None else to_matrix * scale,
             None,
         )

@@ -131,4 +131,6 @@ def schedule(progress: float, warmup: float) -> float:
     """
     if progress < warmup:
         return progress / warmup
-    return max(0.0, (1.0 - progress) / (1.0 - warmup))
+    if progress >= 1.0:
+        return 0.0
+    return (1.0 - progress) / (1.0 - warmup)

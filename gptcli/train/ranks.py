@@ -59,6 +59,10 @@ class Ranks:
     def settle(self, objective: nn.Module) -> None:
         """To be called after forward passes that no backward pass follows: parameters are as before them."""
 
+    def agree(self, data: bytes) -> bytes:
+        """What rank 0 has, on every rank."""
+        return data
+
     def sums(self, *numbers: float) -> list[float]:
         """The sum over ranks of each number."""
         return list(numbers)

@@ -3,12 +3,13 @@
 ``checkpoints/step-000001000/`` holds ``state.json`` and one ``part-00001-of-00001.safetensors`` for each rank that has
 something of its own. Each tensor is stored with the rows that the rank held, so that any number of ranks can go on from
 what any other number wrote. A checkpoint is written into a folder beside, synced, and renamed: it is there whole or not
-at all.
+at all. Where that step has a checkpoint already, the earlier one is called ``.old`` for the moment that both are there.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -28,6 +29,11 @@ from gptcli.train.ranks import Part, Ranks
 FOLDER = "checkpoints"
 _STATE = "state.json"
 _WRITING = ".writing-"
+_OLD = ".old"
+
+
+# What reading a file raises that is not what was written.
+_DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError)
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,9 @@ def save_checkpoint(out: Path, parts: Mapping[str, Part], state: Mapping[str, An
     with output_errors(folder):
         if ranks.rank == 0:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(temporary, ignore_errors=True)
+            sync(out)
+            _remove_leftovers(out)
+            _remove_leftovers(folder.parent)
             temporary.mkdir()
         ranks.wait()
         try:
@@ -84,40 +92,52 @@ def _write_part(folder: Path, parts: Mapping[str, Part], ranks: Ranks) -> None:
 
 def _put_in_place(temporary: Path, folder: Path) -> None:
     sync(temporary)
-    if folder.exists():  # of this very step: the run came here before, and went back
-        old = folder.with_name(f"{_WRITING}old-{folder.name}")
-        shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():  # of this very step: the run went on from here, or came here again
+        old = folder.with_name(folder.name + _OLD)
+        _remove(old)
         folder.rename(old)
-        temporary.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        temporary.rename(folder)
+    temporary.rename(folder)
     sync(folder.parent)
 
 
 def _remove_old(newest: Path, keep: int) -> None:
-    """Remove what is older than the last ``keep``, what a killed process left, and steps that were gone back from."""
-    present = sorted(newest.parent.glob("step-*"))
-    ahead = [folder for folder in present if folder.name > newest.name]
-    behind = [folder for folder in present if folder.name <= newest.name]
-    for folder in [*ahead, *behind[: -max(1, keep)], *newest.parent.glob(f"{_WRITING}*")]:
-        # First out of sight, so that no half of it is ever found.
-        hidden = folder.with_name(f"{_WRITING}gone-{folder.name.removeprefix(_WRITING)}")
+    """Remove all but the last ``keep`` that can be read: older ones, damaged ones, steps that were gone back from."""
+    earlier = (each.folder for each in checkpoints(newest.parent.parent) if each.folder.name < newest.name)
+    kept = {newest, *itertools.islice(earlier, max(1, keep) - 1)}
+    for folder in set(newest.parent.glob("step-*")) - kept:
         with contextlib.suppress(OSError):
-            if not folder.name.startswith(_WRITING):
-                folder.rename(hidden)
-                folder = hidden
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a checkpoint if it is there: first out of sight, so that no half of it is ever found."""
+    if folder.exists():
+        hidden = folder.with_name(f"{_WRITING}gone-{folder.name}")
+        folder.rename(hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what a process that was killed was about to write, or to remove, in a folder."""
+    for path in folder.glob(f"{_WRITING}*"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def checkpoints(out: Path) -> Iterator[Checkpoint]:
     """The checkpoints of a run that can be read, the newest first. One that is damaged is passed over."""
-    for folder in sorted((out / FOLDER).glob("step-*"), reverse=True):
+
+    def age(folder: Path) -> tuple[str, bool]:
+        return folder.name.removesuffix(_OLD), not folder.name.endswith(_OLD)
+
+    for folder in sorted((out / FOLDER).glob("step-*"), key=age, reverse=True):
         try:
             state = json.loads((folder / _STATE).read_text())
             _read_places(folder, int(state["parts"]))
             int(state["step"])
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+        except _DAMAGE:
             continue
         yield Checkpoint(folder, state)
 
@@ -139,13 +159,15 @@ def load_checkpoint(checkpoint: Checkpoint, parts: Mapping[str, Part]) -> None:
         _compare(checkpoint.folder, set(places), set(parts))
         for name, part in parts.items():
             _fill(name, part, places[name])
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except _DAMAGE as error:
         raise CorruptError(f"{checkpoint.folder} can't be read: {error}", "remove it and resume again") from None
 
 
 def _read_places(folder: Path, count: int) -> dict[str, list[tuple[Path, int, int]]]:
     """For each tensor the files that hold some of it, with the first row there and the rows in all."""
     found: dict[str, list[tuple[Path, int, int]]] = {}
+    if count < 1:
+        raise ValueError(f"{count} parts")
     for number in range(count):
         file = folder / f"part-{number + 1:05d}-of-{count:05d}.safetensors"
         with safe_open(file, framework="pt", device="cpu") as stream:
@@ -163,16 +185,20 @@ def _compare(folder: Path, stored: set[str], wanted: set[str]) -> None:
 def _fill(name: str, part: Part, places: list[tuple[Path, int, int]]) -> None:
     missing = torch.ones(len(part.tensor) if part.tensor.dim() else 1, dtype=torch.bool)
     for file, start, rows in places:
-        if rows != part.rows:
-            raise CorruptError(f"{file}: {name} has {rows} rows, not {part.rows}", "it belongs to another model")
         with safe_open(file, framework="pt", device="cpu") as stream:
-            if part.tensor.dim() == 0:
+            held = stream.get_slice(name)
+            shape, wanted = held.get_shape(), list(part.tensor.shape)
+            whole, expected = [rows, *shape[1:]], [part.rows, *wanted[1:]]
+            if 0 in (*shape[:1], *wanted[:1]):  # where there are more ranks than rows
+                whole, expected = whole[:1], expected[:1]
+            if whole != expected:
+                raise CorruptError(f"{file}: {name} is {whole}, not {expected}", "it belongs to another model")
+            if not shape:
                 part.tensor.copy_(stream.get_tensor(name))
                 missing[:] = False
                 continue
-            held = stream.get_slice(name)
             first = max(start, part.start)
-            last = min(start + held.get_shape()[0], part.start + len(part.tensor))
+            last = min(start + shape[0], part.start + len(part.tensor))
             if first < last:
                 here = slice(first - part.start, last - part.start)
                 part.tensor[here].copy_(held[first - start : last - start])
@@ -182,16 +208,21 @@ def _fill(name: str, part: Part, places: list[tuple[Path, int, int]]) -> None:
 
 
 def keep_metrics_until(file: Path, step: int) -> None:
-    """Drop the lines of ``metrics.jsonl`` that come after ``step``, and a last line cut short; atomically."""
+    """Drop the lines of ``metrics.jsonl`` behind the last one of ``step``, and any that is cut short; atomically.
+
+    What stands before is kept, steps that were gone back from too: so it happened.
+    """
     if not file.exists():
         return
-    kept = []
-    for line in file.read_text(errors="replace").splitlines():
-        with contextlib.suppress(ValueError, AttributeError):
-            if json.loads(line).get("step", 0) <= step:
-                kept.append(line + "\n")
     with output_errors(file):
+        lines: list[str] = []
+        end = 0
+        for line in file.read_text(errors="replace").splitlines():
+            with contextlib.suppress(ValueError, AttributeError, TypeError):
+                reached = json.loads(line).get("step", 0)
+                end = len(lines) + 1 if reached <= step else end
+                lines.append(line + "\n")
         beside = file.with_name(f"{_WRITING}{file.name}")
-        beside.write_text("".join(kept))
+        beside.write_text("".join(lines[:end]))
         sync(beside)
         os.replace(beside, file)
