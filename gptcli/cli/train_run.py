@@ -85,6 +85,8 @@ def go(said: Output, asked: Asked, out: Path, *, resumed: Resumed | None, replac
     runtime.set_threads(asked.threads)
     runtime.keep_freed_memory()
     ranks = join(asked.device)
+    if ranks.count > 1 and "-" in (*asked.data, *asked.valid):
+        raise UsageError("several ranks can't read one standard input", "put the text into a file")
     if ranks.rank:
         said.silence()
     if not resumed:
