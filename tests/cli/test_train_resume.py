@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -306,4 +307,25 @@ def test_ctrl_c_while_something_is_shown_saves_too(
     done = train(text, "--steps", "8")
     assert done.code == 130
     assert [event["event"] for event in lines(done.out)] == ["start", "step", "step", "step", "save"]
+    assert checkpoint_names(tmp_path / "out") == ["step-000000003"]
+
+
+def test_ctrl_c_within_an_update_loses_no_step(
+    train: Run, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gptcli.train.optim import Optimizers
+
+    step, steps = Optimizers.step, []
+
+    def interrupted(self: Optimizers, lr_scale: float) -> None:
+        steps.append(lr_scale)
+        if len(steps) == 3:
+            signal.raise_signal(signal.SIGINT)
+        step(self, lr_scale)
+
+    monkeypatch.setattr(Optimizers, "step", interrupted)
+    done = train(text, "--steps", "8")
+    assert done.code == 130
+    assert [event["event"] for event in lines(done.out)] == ["start", "step", "step", "step", "save"]
+    assert lines(done.out) == metrics(tmp_path / "out")
     assert checkpoint_names(tmp_path / "out") == ["step-000000003"]
