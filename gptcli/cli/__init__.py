@@ -28,7 +28,7 @@ COMMANDS: dict[str, Entry] = {
     "generate": Entry("Continue a text, streaming.", "gptcli.cli.generate:generate"),
     "tokenize": Entry("See, count, cut and split the tokens of a text.", "gptcli.cli.tokenize:tokenize"),
     "count-params": Entry("Report a model's parameters, matrix by matrix.", "gptcli.cli.count_params:count_params"),
-    "train": Entry("Train a model on text.", "gptcli.cli.train:train"),
+    "train": Entry("Train a model on text, or fine-tune one.", "gptcli.cli.train:train"),
     "plot": Entry("Draw or compare the curves of training runs.", "gptcli.cli.plot:plot"),
     "models": Entry(
         "See which models are here, and check them.",

@@ -166,8 +166,12 @@ def read_resumed(said: Output, asked: Asked, out: Path, given: set[str]) -> Resu
     ``given`` are the options of the command line. Raises UsageError naming those that differ from what the run began
     with, and where there is a model without a checkpoint: it would be replaced by one that knows nothing yet.
     """
+    from gptcli.core import runtime
     from gptcli.train.state import checkpoints
 
+    place = runtime.rank_place()
+    if place is not None and place.rank:
+        said.silence()
     found = next(checkpoints(out), None)
     if found is None:
         if (out / "config.json").exists():

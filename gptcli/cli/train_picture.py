@@ -189,7 +189,7 @@ class TrainPicture:
         roomy = height >= 23
         head = self._head(inner)[: 2 if height >= 17 else 1]
         numbers = self._numbers(inner, most=max(4, min(12, height // 4)))
-        last = [self._last_line(inner)]
+        last = [self._last_line(inner - 2)]  # behind it the terminal writes ^C, and must not begin another line
         gap = 1 if roomy else 0
         rest = height - len(head) - len(numbers) - len(last) - gap
         sample: list[Text] = []

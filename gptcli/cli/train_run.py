@@ -75,7 +75,8 @@ def go(said: Output, asked: Asked, out: Path, *, resumed: Resumed | None, replac
     from gptcli.train.ranks import join
 
     if resumed and resumed.done is not None:
-        said.note(f"the run in {out} is complete: {resumed.checkpoint.step:,} steps")
+        steps = f"{resumed.checkpoint.step:,} steps"
+        said.note(f"the run in {out} is complete: {steps}; another can go on from its model with --init-from {out}")
         if said.json:
             said.record(resumed.done)
         else:
@@ -84,6 +85,8 @@ def go(said: Output, asked: Asked, out: Path, *, resumed: Resumed | None, replac
     runtime.set_threads(asked.threads)
     runtime.keep_freed_memory()
     ranks = join(asked.device)
+    if ranks.count > 1 and "-" in (*asked.data, *asked.valid):
+        raise UsageError("several ranks can't read one standard input", "put the text into a file")
     if ranks.rank:
         said.silence()
     if not resumed:

@@ -159,6 +159,7 @@ class _Run:
         self.began = time.perf_counter()
         self.clock = 0.0  # of several ranks: what rank 0's showed when they last agreed
         self.stopping = False
+        self.untold: Event | None = None  # of a step that is done
 
     # --- The run as a whole
 
@@ -166,8 +167,11 @@ class _Run:
         with self.ranks.deferring_interrupts():
             try:
                 for event in self._events():
+                    self.untold = None
                     yield _told(event, metrics)
             except KeyboardInterrupt:
+                if self.untold:
+                    yield _told(self.untold, metrics)
                 # Several ranks have saved before, at a step that they agreed upon; here each may be elsewhere.
                 if self.step and self.ranks.count == 1:
                     yield _told(self._save(), metrics)
@@ -305,20 +309,20 @@ class _Run:
                 self.optimizers.zero_grad()
                 self.skipped += 1
             self.step += 1
-        tokens = self.rows * self.model.config.context
-        rate = tokens / (time.perf_counter() - start)
-        event = {
-            "event": "step",
-            **self._position(),
-            "loss": _number(nats),
-            "lr": self.plan.lr * lr_scale,
-            "grad_norm": _number(length),
-            "tokens_per_second": rate,
-            "seconds": self._seconds(),
-            "progress": min(1.0, self._progress()),
-            "utilization": rate * self.flops / self.peak / self.ranks.count if self.peak else None,
-            "skipped": not finite,
-        }
+            tokens = self.rows * self.model.config.context
+            rate = tokens / (time.perf_counter() - start)
+            event = self.untold = {
+                "event": "step",
+                **self._position(),
+                "loss": _number(nats),
+                "lr": self.plan.lr * lr_scale,
+                "grad_norm": _number(length),
+                "tokens_per_second": rate,
+                "seconds": self._seconds(),
+                "progress": min(1.0, self._progress()),
+                "utilization": rate * self.flops / self.peak / self.ranks.count if self.peak else None,
+                "skipped": not finite,
+            }
         return event, following
 
     def _gradients(self, batch: Batch, learnt: int) -> Tensor:

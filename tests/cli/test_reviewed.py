@@ -37,7 +37,9 @@ SIZE = (
 
 
 def sums(folder: Path) -> dict[str, str]:
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.iterdir())}
+    return {
+        file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.rglob("*")) if file.is_file()
+    }
 
 
 def test_a_forced_run_that_fails_leaves_the_old_model_alone(run: Run, tmp_path: Path, tiny_folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -204,7 +205,7 @@ def test_a_complete_run_is_left_as_it_is(train: Run, run: Run, text: Path, tmp_p
     assert events(train("--resume", bare=True)) == [last]
     done = run("train", text, "-o", out, "--resume")
     assert (done.code, done.out) == (0, f"{out}\n".encode())
-    assert done.err == f"note: the run in {out} is complete: 2 steps\n".encode()
+    assert done.err.startswith(f"note: the run in {out} is complete: 2 steps; ".encode())
     assert {file: file.stat().st_mtime_ns for file in out.rglob("*")} == before
     assert "--steps (was 2)" in refused(train("--steps", "3", "--resume", bare=True))
 
@@ -306,4 +307,25 @@ def test_ctrl_c_while_something_is_shown_saves_too(
     done = train(text, "--steps", "8")
     assert done.code == 130
     assert [event["event"] for event in lines(done.out)] == ["start", "step", "step", "step", "save"]
+    assert checkpoint_names(tmp_path / "out") == ["step-000000003"]
+
+
+def test_ctrl_c_within_an_update_loses_no_step(
+    train: Run, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gptcli.train.optim import Optimizers
+
+    step, steps = Optimizers.step, []
+
+    def interrupted(self: Optimizers, lr_scale: float) -> None:
+        steps.append(lr_scale)
+        if len(steps) == 3:
+            signal.raise_signal(signal.SIGINT)
+        step(self, lr_scale)
+
+    monkeypatch.setattr(Optimizers, "step", interrupted)
+    done = train(text, "--steps", "8")
+    assert done.code == 130
+    assert [event["event"] for event in lines(done.out)] == ["start", "step", "step", "step", "save"]
+    assert lines(done.out) == metrics(tmp_path / "out")
     assert checkpoint_names(tmp_path / "out") == ["step-000000003"]
