@@ -48,11 +48,11 @@ def choose(objective: nn.Module, plan: Plan, rows: int, ranks: Ranks) -> Choices
     On CUDA the largest micro-batch is found by trying halves until one fits, with activation checkpointing where not
     even one row fits without; then a few compiled passes are timed beside plain ones. Ranks that can't try alone go by
     ``spec.plan``, since one that runs out of memory in the middle of a pass leaves the others waiting. On a CPU
-    memory is asked for, and compiling does not pay (``tests/bench/train.py``). All ranks choose alike. Raises ResourceError
-    when not even one row fits.
+    memory is asked for, and compiling does not pay (``tests/bench/train.py``). All ranks choose alike. Raises
+    ResourceError when not even one row fits.
     """
     transformer = _transformer(objective)
-    device, context = transformer.embedding.weight.device, transformer.config.context
+    device = transformer.embedding.weight.device
     if device.type != "cuda":
         most = plan.micro_batch or _host_rows(transformer.config, plan)
         return Choices(_even(rows, most), bool(plan.compile), bool(plan.checkpoint_activations))
