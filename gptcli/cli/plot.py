@@ -46,7 +46,7 @@ class Run:
     @property
     def best(self) -> float | None:
         """The lowest bits per byte."""
-        return min((event["bits_per_byte"] for event in self.events if event["event"] == "eval"), default=None)
+        return min((bits for event in self.events if (bits := event.get("bits_per_byte")) is not None), default=None)
 
     def as_json(self, points: Sequence[Point]) -> dict[str, Any]:
         """The documented object, with these as its training curve."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -161,14 +162,16 @@ class TrainPicture:
         names = list(last["valid"])
         rows = []
         if len(names) > 1:
-            rows.append(("together", last["bits_per_byte"], min(event["bits_per_byte"] for event in self._evals)))
+            every = [_or_inf(event["bits_per_byte"]) for event in self._evals]
+            rows.append(("together", every[-1], min(every)))
         for name in names:
-            rows.append((name, last["valid"][name], min(event["valid"].get(name, 1e9) for event in self._evals)))
+            every = [_or_inf(event["valid"].get(name)) for event in self._evals]
+            rows.append((name, every[-1], min(every)))
         return rows
 
     def best_step(self) -> int | None:
         """The step of the best evaluation."""
-        best: Event | None = min(self._evals, key=lambda event: event["bits_per_byte"], default=None)
+        best: Event | None = min(self._evals, key=lambda event: _or_inf(event["bits_per_byte"]), default=None)
         return best["step"] if best else None
 
     # --- The picture
@@ -292,7 +295,7 @@ class TrainPicture:
         lines = [_table_line("bits per byte", "now", "best", name_width, "dim", "dim")]
         for number, (name, now, best) in enumerate(rows[: most - 1]):
             style = "bold" if number == 0 else ""
-            lines.append(_table_line(name, f"{now:.4f}", f"{best:.4f}", name_width, "", style))
+            lines.append(_table_line(name, shown(now), shown(best), name_width, "", style))
         if len(rows) > most - 1:
             lines[-1].append(f"  +{len(rows) - most + 1}", "dim")
         return lines
@@ -387,6 +390,15 @@ def _grid(cells: Sequence[tuple[str, str, str]], columns: int, cell: int) -> lis
             line.append(f"{value:>{max(1, cell - len(label))}}", style or None)
         lines.append(line)
     return lines
+
+
+def shown(bits: float | None) -> str:
+    """Bits per byte as text; an evaluation may not have been a number."""
+    return "-" if bits is None or math.isinf(bits) else f"{bits:.4f}"
+
+
+def _or_inf(bits: float | None) -> float:
+    return math.inf if bits is None else bits
 
 
 def _table_line(name: str, now: str, best: str, width: int, label: str, style: str) -> Text:

@@ -103,7 +103,8 @@ def _train(said: Output, asked: Asked, seed: int, out: Path, resumed: Resumed | 
     from gptcli.cli.train_data import fingerprint, read_corpora, tokenizer_digest, tokenizer_files
     from gptcli.core import runtime
     from gptcli.spec.plan import choose_parallel
-    from gptcli.train.loop import METRICS, Plan, train
+    from gptcli.train.log import METRICS
+    from gptcli.train.loop import Plan, train
 
     begun = resumed.checkpoint.state["options"] if resumed else {}
     files = _from_rank_0(ranks, lambda: tokenizer_files(said, asked, out, begun.get("tokenizer")))

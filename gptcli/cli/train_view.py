@@ -11,7 +11,7 @@ from types import TracebackType
 
 from gptcli.cli.metrics import Event
 from gptcli.cli.out import Output
-from gptcli.cli.train_picture import TrainPicture, clock
+from gptcli.cli.train_picture import TrainPicture, clock, shown
 
 _LINE_EVERY_SECONDS = 10.0
 _MOST_SAMPLE = 300
@@ -86,9 +86,9 @@ class TrainView:
             at = f"on from step {event['step']:,}: " if event.get("resumed") else ""
             return f"{at}{event['parameters']:,} parameters, {', '.join(asked)}"
         if kind == "eval":
-            parts = "  ".join(f"{name} {bits:.4f}" for name, bits in event["valid"].items())
-            best = event.get("best")
-            told = f"  (best {best:.4f})" if best is not None and best < event["bits_per_byte"] else ""
+            parts = "  ".join(f"{name} {shown(bits)}" for name, bits in event["valid"].items())
+            best, bits = event.get("best"), event["bits_per_byte"]
+            told = f"  (best {best:.4f})" if best is not None and (bits is None or best < bits) else ""
             return f"step {event['step']:,}: bits per byte {parts}{told}"
         if kind == "sample":
             text = " ".join((event["prompt"] + event["text"]).split())

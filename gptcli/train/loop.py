@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import json
 import math
 import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +20,8 @@ from gptcli.errors import DivergedError, UsageError
 from gptcli.spec.plan import flops_per_token
 from gptcli.train import fit, state
 from gptcli.train.data import IGNORED, Batch, Batches, Corpus
+from gptcli.train.evaluate import bits_per_byte
+from gptcli.train.log import METRICS, Event, logged, number, undivided
 from gptcli.train.loss import Objective
 from gptcli.train.optim import Kind, Optimizers, schedule
 from gptcli.train.ranks import Part, Ranks
@@ -35,8 +32,6 @@ from gptcli.train.state import Checkpoint
 _PATIENCE = 4
 _BACK_OFF = 0.5
 _MOST_ROLLBACKS = 6
-
-METRICS = "metrics.jsonl"
 
 
 @dataclass(frozen=True)
@@ -66,7 +61,6 @@ class Plan:
     checkpoint_activations: bool | None = None
 
 
-Event = dict[str, Any]
 # Continues a text with the model as it is after a step, for an event ``sample``.
 Sampler = Callable[[Transformer, int], Event]
 
@@ -168,13 +162,13 @@ class _Run:
             try:
                 for event in self._events():
                     self.untold = None
-                    yield _told(event, metrics)
+                    yield logged(event, metrics)
             except KeyboardInterrupt:
                 if self.untold:
-                    yield _told(self.untold, metrics)
+                    yield logged(self.untold, metrics)
                 # Several ranks have saved before, at a step that they agreed upon; here each may be elsewhere.
                 if self.step and self.ranks.count == 1:
-                    yield _told(self._save(), metrics)
+                    yield logged(self._save(), metrics)
                 raise
 
     def _events(self) -> Iterator[Event]:
@@ -302,7 +296,7 @@ class _Run:
         following = self._batch(self.step + 1)
         nats, length = loss.item(), norm.item()
         finite = math.isfinite(nats) and math.isfinite(length)
-        with _undivided():
+        with undivided():
             if finite:
                 self.optimizers.step(lr_scale)
             else:
@@ -314,9 +308,9 @@ class _Run:
             event = self.untold = {
                 "event": "step",
                 **self._position(),
-                "loss": _number(nats),
+                "loss": number(nats),
                 "lr": self.plan.lr * lr_scale,
-                "grad_norm": _number(length),
+                "grad_norm": number(length),
                 "tokens_per_second": rate,
                 "seconds": self._seconds(),
                 "progress": min(1.0, self._progress()),
@@ -360,28 +354,10 @@ class _Run:
 
     # --- Evaluating
 
-    @torch.no_grad()
     def _evaluate(self) -> Event:
-        self.objective.eval()
-        by_name = {}
-        nats = size = tokens = 0.0
-        for corpus in self.valid:
-            total, count = corpus_nats(
-                self.objective, corpus, self.model.config.context, self.micro, self.device, self.ranks
-            )
-            by_name[corpus.name] = _number(total / math.log(2) / corpus.text_bytes)
-            nats, size, tokens = nats + total, size + corpus.text_bytes, tokens + count
-        self.ranks.settle(self.objective)
-        bits = _number(nats / math.log(2) / size)
-        self.best = min((each for each in (bits, self.best) if each is not None), default=None)
-        return {
-            "event": "eval",
-            **self._position(),
-            "loss": _number(nats / max(1.0, tokens)),
-            "bits_per_byte": bits,
-            "best": self.best,
-            "valid": by_name,
-        }
+        told = bits_per_byte(self.objective, self.valid, self.model.config.context, self.micro, self.ranks)
+        self.best = min((bits for bits in (told["bits_per_byte"], self.best) if bits is not None), default=None)
+        return {"event": "eval", **self._position(), **told, "best": self.best}
 
     # --- Saving, and going back
 
@@ -434,7 +410,7 @@ class _Run:
                 "use a smaller --lr, or --dtype float32",
             )
         smaller = self.lr_scale * _BACK_OFF
-        with _undivided():
+        with undivided():
             self.go_back_to(checkpoint)
             # What happened has happened, though the weights are the old ones.
             self.seconds_before, self.skipped, self.rollbacks, self.lr_scale = seconds, skipped, rollbacks, smaller
@@ -442,71 +418,5 @@ class _Run:
         return {"event": "rollback", "step": step, "to_step": self.step, "lr_scale": smaller}
 
 
-def corpus_nats(
-    objective: Callable[[Tensor, Tensor], Tensor],
-    corpus: Corpus,
-    context: int,
-    rows: int,
-    device: torch.device,
-    ranks: Ranks | None = None,
-) -> tuple[float, int]:
-    """Total cross entropy (nats) of a corpus, every token but the first predicted once, in windows side by side.
-
-    ``objective(ids, targets)`` gives the summed cross entropy. Returns ``(nats, tokens scored)``. A window knows
-    nothing of the one before, so this is an upper bound of what the model can do. Several ranks take windows in turn.
-    """
-    ranks = ranks or Ranks()
-    count = len(corpus.tokens) - 1
-    windows = -(-count // context)
-    total, scored = 0.0, 0
-    step = rows * ranks.count
-    for first in range(0, windows, step):
-        ids = torch.zeros((rows, context), dtype=torch.int64)
-        targets = torch.full((rows, context), IGNORED)
-        for row in range(rows):
-            start = (first + ranks.rank * rows + row) * context
-            end = min(start + context, count)
-            if start < end:
-                window = torch.from_numpy(corpus.tokens[start : end + 1].astype("int64"))
-                ids[row, : end - start], targets[row, : end - start] = window[:-1], window[1:]
-                if corpus.learnt is not None:
-                    learnt = torch.from_numpy(corpus.learnt[start + 1 : end + 1].astype("bool"))
-                    targets[row, : end - start][~learnt] = IGNORED
-        scored += int((targets != IGNORED).sum())
-        total += objective(ids.to(device), targets.to(device)).item()
-    nats, tokens = ranks.sums(total, scored)
-    return nats, int(tokens)
-
-
 def _row(parameter: Tensor) -> int:
     return math.prod(parameter.shape[1:])
-
-
-def _told(event: Event, metrics: FileIO) -> Event:
-    line = (json.dumps(event) + "\n").encode()
-    with output_errors(Path(str(metrics.name))):
-        if metrics.write(line) < len(line):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    return event
-
-
-@contextlib.contextmanager
-def _undivided() -> Iterator[None]:
-    """Within, Ctrl-C waits for the end, so that what is saved then is no half of a step."""
-    handler = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(handler):
-        yield
-        return
-    came: list[Any] = []
-    signal.signal(signal.SIGINT, lambda *told: came.append(told))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-    if came:
-        handler(*came[0])
-
-
-def _number(value: float) -> float | None:
-    """JSON has no NaN."""
-    return value if math.isfinite(value) else None

@@ -9,8 +9,9 @@ size better (``--lr`` names other rates). Shape and tokenizer are the folder's. 
 says, or train for ``--minutes`` of the wall; name the data as often as the model saw it, so that the mix is the same.
 
 Every text's bits per byte come from one function for all three (windows side by side as long as the context, every
-token but the first predicted once, as ``gptcli.train.loop.corpus_nats`` does, in float32), the folder's own included:
-not from its model card. Each evaluation is a line of ``--log`` at once, so a run that was cut short is of use.
+token but the first predicted once, as ``gptcli.train.evaluate.corpus_nats`` does, in float32), the folder's own
+included: not from its model card. Each evaluation is a line of ``--log`` at once, so a run that was cut short
+is of use.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from gptcli.errors import OutputError, UsageError
 from gptcli.spec.match import match_folder
 from gptcli.train import loop, state
 from gptcli.train.data import Batches
-from gptcli.train.loop import corpus_nats
+from gptcli.train.evaluate import corpus_nats
 from gptcli.train.loss import Objective
 from tests.train.small import CONTEXT, VOCAB, corpus, kinds, model, newest, run, same, stored_weights, weights
 
