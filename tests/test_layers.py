@@ -181,10 +181,28 @@ def test_only_runtime_reads_the_environment(module: str) -> None:
             assert not {alias.name for alias in node.names} & {"environ", "environb", "getenv"}, f"line {node.lineno}"
 
 
-def test_the_model_knows_its_attention_its_cache_and_its_positions_and_nothing_else() -> None:
+def test_the_model_knows_its_parts_and_nothing_else() -> None:
     assert ours("gptcli.core.model") <= {"core.attention", "core.cache", "core.rope", "spec.config", "errors"}
-    assert ours("gptcli.core.attention") <= {"core.cache"}
-    assert ours("gptcli.core.model") >= {"core.cache", "spec.config"}
+    assert ours("gptcli.core.model") >= {"core.attention", "core.cache", "spec.config"}
+    assert ours("gptcli.core.attention") <= {"core.cache", "errors"}
+
+
+@pytest.mark.parametrize("module", sorted(of_layers("core", "train")))
+def test_nothing_is_pickled(module: str) -> None:
+    """A pickle runs whatever code it holds; torch's own files are pickles."""
+    pickles = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
+    imported = {name for name, _ in imports(TREES[module], module)}
+    assert not imported & {*pickles, "torch.serialization", "torch.distributed.checkpoint"}
+    for node in ast.walk(TREES[module]):
+        if isinstance(node, ast.Attribute):
+            written = ast.unparse(node)
+            assert written not in {"torch.load", "torch.save", "np.load", "np.save"}, f"line {node.lineno}"
+            assert not written.startswith(("torch.serialization", "dist.checkpoint")), f"line {node.lineno}"
+            assert not written.endswith("_object_list"), f"line {node.lineno}"  # how torch.distributed sends pickles
+        if isinstance(node, ast.ImportFrom) and node.module in ("torch", "numpy"):
+            assert not {alias.name for alias in node.names} & {"load", "save"}, f"line {node.lineno}"
+        if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
+            assert ast.unparse(node.value) == "False", f"line {node.lineno}"
 
 
 def test_only_build_joins_the_parts_of_a_model() -> None:

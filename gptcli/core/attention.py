@@ -17,6 +17,8 @@ from gptcli.core.cache import Mask
 
 # Queries a block: small enough that what lies above the diagonal is mostly skipped, large enough for the matrix unit.
 _BLOCK = 128
+# Patterns grow with the square of the length: beyond this they would take more memory than they save time.
+_LONGEST = 2048
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
@@ -48,6 +50,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
 def _in_blocks(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> bool:
     """Whether a gradient is wanted of plain causal attention on a CPU: what ``_BlockedCausal`` is for."""
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    if query.shape[2] > _LONGEST:
+        return False
     return learns and isinstance(mask, str) and query.shape[1] == key.shape[1] and query.device.type == "cpu"
 
 

@@ -141,6 +141,15 @@ def keep_freed_memory() -> None:
         mallopt(trim_threshold, most)
 
 
+def free_memory_bytes() -> int | None:
+    """The memory of the host that is free or can be freed at once; None where the system does not say."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        for line in open("/proc/meminfo"):  # noqa: SIM115
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) << 10
+    return None
+
+
 def cards() -> tuple[int, int]:
     """How many GPUs this machine has and the bytes of one, or 1 and the machine's memory where there is none."""
     if torch.cuda.is_available():

@@ -1,7 +1,8 @@
 """Training on paper: what each rank holds at the fullest moment of a step, whether that fits, and what a step computes.
 
 What is assumed, as the training loop does it: master weights, gradients and optimizer state in float32; bfloat16 by
-autocast; fused attention; cross entropy in chunks; nothing compiled (compiled code saves less, not more).
+autocast; fused attention (a CPU's attention in blocks keeps its patterns as well, ``B H T T / 2`` a layer); cross
+entropy in chunks; nothing compiled (compiled code saves less, not more).
 """
 
 from __future__ import annotations

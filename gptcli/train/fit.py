@@ -19,7 +19,8 @@ from torch.utils.checkpoint import checkpoint
 from gptcli.core import runtime
 from gptcli.core.model import Transformer
 from gptcli.errors import ResourceError
-from gptcli.spec.plan import Dtype, plan_training
+from gptcli.spec.config import ModelConfig
+from gptcli.spec.plan import Dtype, plan_training, saved_bytes
 from gptcli.train.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -46,14 +47,14 @@ def choose(objective: nn.Module, plan: Plan, rows: int, ranks: Ranks) -> Choices
 
     On CUDA the largest micro-batch is found by trying halves until one fits, with activation checkpointing where not
     even one row fits without; then a few compiled passes are timed beside plain ones. Ranks that can't try alone go by
-    ``spec.plan``, since one that runs out of memory in the middle of a pass leaves the others waiting. On a CPU memory
-    is rarely short, and compiling does not pay (``tests/bench/train.py``). All ranks choose alike. Raises ResourceError
-    when not even one row fits.
+    ``spec.plan``, since one that runs out of memory in the middle of a pass leaves the others waiting. On a CPU
+    memory is asked for, and compiling does not pay (``tests/bench/train.py``). All ranks choose alike. Raises
+    ResourceError when not even one row fits.
     """
     transformer = _transformer(objective)
-    device, context = transformer.embedding.weight.device, transformer.config.context
+    device = transformer.embedding.weight.device
     if device.type != "cuda":
-        most = plan.micro_batch or max(1, _CPU_TOKENS // context)
+        most = plan.micro_batch or _host_rows(transformer.config, plan)
         return Choices(_even(rows, most), bool(plan.compile), bool(plan.checkpoint_activations))
     alone = ranks.alone(objective)
     if alone is None:
@@ -74,10 +75,27 @@ def choose(objective: nn.Module, plan: Plan, rows: int, ranks: Ranks) -> Choices
     return Choices(micro, bool(least(int(compiled))), saving)
 
 
+def _host_rows(config: ModelConfig, plan: Plan) -> int:
+    """Rows at a time on a CPU: as many as keep it busy, if half of the memory that is free has room for them."""
+    rows = max(1, _CPU_TOKENS // config.context)
+    free = runtime.free_memory_bytes()
+    if free is None:
+        return rows
+    saving = bool(plan.checkpoint_activations)
+    each = saved_bytes(config, config.context, _dtype(plan), checkpoint=saving)
+    # What attention in blocks keeps beyond that (core/attention.py): half of the patterns.
+    patterns = config.heads * config.context**2 * plan.dtype.itemsize // 2
+    each += patterns * (1 if saving else config.layers)
+    return max(1, min(rows, free // 2 // each))
+
+
+def _dtype(plan: Plan) -> Dtype:
+    return "float32" if plan.dtype is torch.float32 else "bfloat16"
+
+
 def _planned(transformer: Transformer, plan: Plan, rows: int, ranks: Ranks) -> Choices:
     """What ``spec.plan`` says of ranks that each hold a part; compiled only where the plan says so."""
     config = transformer.config
-    dtype: Dtype = "float32" if plan.dtype is torch.float32 else "bfloat16"
     answer = plan_training(
         config,
         ranks=ranks.count,
@@ -85,7 +103,7 @@ def _planned(transformer: Transformer, plan: Plan, rows: int, ranks: Ranks) -> C
         batch_tokens=rows * ranks.count * config.context,
         micro_batch_rows=plan.micro_batch,
         optimizer=plan.optimizer,
-        dtype=dtype,
+        dtype=_dtype(plan),
         parallel="fsdp",
         checkpoint_activations=plan.checkpoint_activations,
     )

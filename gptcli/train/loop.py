@@ -192,11 +192,11 @@ class _Run:
                 yield self._save()
                 raise KeyboardInterrupt
             failed = failed + 1 if event["skipped"] else 0
-            if failed >= _PATIENCE:
-                yield self._roll_back()
-                batch, failed = self._batch(self.step), 0
-                continue
             last = self._progress() >= 1.0  # asked once: by the clock, a later answer may differ
+            if failed >= _PATIENCE or (last and failed and not self._is_sound(self.step - failed - 1)):
+                yield self._roll_back(failed)
+                batch, failed, last = self._batch(self.step), 0, False
+                continue
             evaluate = self._is_time(plan.eval_every, last)
             if evaluate and self.valid:
                 yield self._evaluate()
@@ -204,8 +204,8 @@ class _Run:
                 whole = self.ranks.whole_model(self.model)
                 if self.ranks.rank == 0:
                     yield {"event": "sample", **self._position(), **self.sampler(whole, self.step)}
-            # Not weights that may be what makes the loss infinite, unless there will be no better ones.
-            if last or (self._is_time(plan.save_every, last) and not failed):
+            # Not what may turn out to be broken, while there is more to come.
+            if self._is_time(plan.save_every, last) and (last or not failed):
                 yield self._save()
         seconds = self._seconds()
         yield {
@@ -350,6 +350,14 @@ class _Run:
         parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
         return self.ranks.whole(torch.nn.utils.clip_grad_norm_(parameters, self.plan.clip))
 
+    def _is_sound(self, step: int) -> bool:
+        """Whether the loss of an earlier step's batch, which was finite before its update, still is."""
+        if step < 0:
+            return False
+        loss = self._gradients(*self._batch(step))
+        self.optimizers.zero_grad()
+        return math.isfinite(loss.item())
+
     # --- Evaluating
 
     @torch.no_grad()
@@ -414,7 +422,7 @@ class _Run:
         self.rollbacks, self.lr_scale = told["rollbacks"], told["lr_scale"]
         self.began = time.perf_counter()
 
-    def _roll_back(self) -> Event:
+    def _roll_back(self, failed: int) -> Event:
         """After several steps in vain: back to the last checkpoint, with a smaller learning rate."""
         step, seconds, skipped, rollbacks = self.step, self._seconds(), self.skipped, self.rollbacks + 1
         own = state.checkpoints(self.out) if self.resumed or self.saves else iter(())
@@ -422,7 +430,7 @@ class _Run:
         if checkpoint is None or rollbacks > _MOST_ROLLBACKS:
             where = "before the first checkpoint" if checkpoint is None else "again and again"
             raise DivergedError(
-                f"the loss or its gradient was not finite for {_PATIENCE} steps in a row, {where} (step {step})",
+                f"the loss or its gradient was not finite for {failed} steps in a row, {where} (step {step})",
                 "use a smaller --lr, or --dtype float32",
             )
         smaller = self.lr_scale * _BACK_OFF

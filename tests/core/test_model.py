@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from gptcli.core.attention import attention_pattern, gather
 from gptcli.core.build import new_transformer, random_model
 from gptcli.core.cache import KVCache
-from gptcli.core.model import Transformer, attention_pattern, gather
+from gptcli.core.model import Transformer
 from gptcli.errors import UnsupportedError
 from gptcli.spec.config import ModelConfig
 from gptcli.spec.params import tensors

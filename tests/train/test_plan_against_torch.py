@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
@@ -20,9 +20,17 @@ from gptcli.core.model import Transformer
 from gptcli.spec.config import ModelConfig
 from gptcli.spec.params import tensors
 from gptcli.spec.plan import Dtype, Optimizer, Parallel, plan_training, saved_bytes, shard_parameters
-from gptcli.train.optim import make_adamw
+from gptcli.train.optim import Optimizers
 
 ROWS, CONTEXT = 8, 128
+
+
+@pytest.fixture(autouse=True)
+def fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on the devices that are planned for; a CPU's attention in blocks saves its patterns as well."""
+    monkeypatch.setattr("gptcli.core.attention._in_blocks", lambda *args: False)
+
+
 CONFIGS = {
     "gpt2": {},
     "deep": {"layers": 7, "width": 48, "head_dim": 12, "mlp_width": 100},
@@ -137,34 +145,19 @@ def test_the_most_that_lives_in_a_step_is_within_the_plan_and_not_far_below(
     assert planned <= (1.18 if checkpointing else 1.08) * live.most
 
 
-def stepped(model: Transformer, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> int:
-    """Bytes of an optimizer's state after a step, its counters aside."""
-    for parameter in parameters:
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_optimizers_keep_what_the_plan_says(optimizer: Optimizer, tied: bool) -> None:
+    """Muon one buffer for a matrix of the blocks, AdamW two for the rest; their counters aside."""
+    config = sized(tied=tied)
+    model = random_model(config, 0)
+    optimizers = Optimizers(optimizer, model, 1e-3, 0.1)
+    for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
-    optimizer.step()
-    states = [optimizer.state[parameter] for parameter in parameters]
-    return sum(
-        value.nbytes for state in states for value in state.values() if isinstance(value, Tensor) and value.dim()
-    )
-
-
-def state_bytes(config: ModelConfig, optimizer: Optimizer) -> int:
-    return plan_training(config, ranks=1, card_bytes=None, batch_tokens=1, optimizer=optimizer).rank.optimizer
-
-
-def test_adamw_keeps_what_the_plan_says() -> None:
-    config = sized()
-    model = random_model(config, 0)
-    assert state_bytes(config, "adamw") == stepped(model, make_adamw(model, 1e-3, 0.1), list(model.parameters()))
-
-
-def test_muon_keeps_one_buffer_for_the_blocks_matrices_and_adamw_two_for_the_rest() -> None:
-    config = sized(tied=False)
-    model = random_model(config, 0)
-    matrices = [parameter for parameter in model.blocks.parameters() if parameter.dim() == 2]
-    others = [parameter for parameter in model.parameters() if not any(parameter is matrix for matrix in matrices)]
-    muon, adamw = torch.optim.Muon(matrices), torch.optim.AdamW(others)
-    assert state_bytes(config, "muon") == stepped(model, muon, matrices) + stepped(model, adamw, others)
+    optimizers.step(1.0)
+    kept = sum(tensor.nbytes for _, _, tensor in optimizers.tensors() if tensor.dim())
+    plan = plan_training(config, ranks=1, card_bytes=None, batch_tokens=1, optimizer=optimizer)
+    assert plan.rank.optimizer == kept
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 7, 64, 1000])
