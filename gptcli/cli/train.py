@@ -138,5 +138,10 @@ def train(
     asked = resumed.asked if resumed else asked
     check(asked)
     if not asked.data:
-        raise UsageError("there is nothing to train on", "name DATA: texts, folders, or - for standard input")
+        missing = (
+            f"there is no checkpoint in {out}, and nothing to train on" if resume else "there is nothing to train on"
+        )
+        raise UsageError(missing, "name DATA: texts, folders, or - for standard input")
+    if resume and not resumed:
+        said.note(f"there is no checkpoint in {out}: training starts at step 0")
     go(said, asked, out, resumed=resumed, replacing=force or resume)

@@ -161,7 +161,7 @@ def to_keep(asked: Asked) -> dict[str, Any]:
 
 
 def read_resumed(said: Output, asked: Asked, out: Path, given: set[str]) -> Resumed | None:
-    """The run to go on with, from the last whole checkpoint in ``out``; None, said so, where there is none.
+    """The run to go on with, from the last whole checkpoint in ``out``; None where there is none.
 
     ``given`` are the options of the command line. Raises UsageError naming those that differ from what the run began
     with, and where there is a model without a checkpoint: it would be replaced by one that knows nothing yet.
@@ -177,7 +177,6 @@ def read_resumed(said: Output, asked: Asked, out: Path, given: set[str]) -> Resu
         if (out / "config.json").exists():
             hint = "fine-tune it with --init-from, name another folder, or replace it with --force"
             raise UsageError(f"{out} holds a model, but no checkpoint to go on from", hint)
-        said.note(f"there is no checkpoint in {out}: training starts at step 0")
         return None
     try:
         kept = found.state["options"]

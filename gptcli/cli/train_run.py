@@ -111,6 +111,10 @@ def _train(said: Output, asked: Asked, seed: int, out: Path, resumed: Resumed | 
     words = _open_tokenizer(files)
     start_id = _start_token(asked, words)
     model, size = _model(asked, words, start_id, seed)
+    if asked.freeze:
+        from gptcli.train.freeze import freeze
+
+        said.note(f"{len(freeze(model, asked.freeze))} tensors are left as they are")
     corpora = read_corpora(said, asked, words, files, start_id, size)
     # By itself bfloat16, where the device multiplies in it; the weights and the optimizer stay float32.
     dtype = runtime.pick_dtype(asked.dtype, "bfloat16", ranks.device)
@@ -133,10 +137,6 @@ def _train(said: Output, asked: Asked, seed: int, out: Path, resumed: Resumed | 
         checkpoint_activations=asked.checkpoint_activations,
     )
     files["train.toml"] = _train_toml(asked, plan, size).encode(errors="replace")
-    if asked.freeze:
-        from gptcli.train.freeze import freeze
-
-        said.note(f"{len(freeze(model, asked.freeze))} tensors are left as they are")
     told = {**to_keep(asked), "tokenizer": tokenizer_digest(files), "data": fingerprint(corpora[0])}
     _compare(begun, told)
     kind = asked.parallel

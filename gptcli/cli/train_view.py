@@ -83,6 +83,8 @@ class TrainView:
         if kind == "start":
             asked = [event["device"], event["dtype"], *([event["optimizer"]] if event.get("optimizer") else [])]
             asked.append(f"{event['batch_tokens']:,} tokens a step")
+            if (event.get("ranks") or 1) > 1:
+                asked.append(f"{event['ranks']} ranks ({event.get('parallel')})")
             at = f"on from step {event['step']:,}: " if event.get("resumed") else ""
             return f"{at}{event['parameters']:,} parameters, {', '.join(asked)}"
         if kind == "eval":

@@ -150,7 +150,8 @@ def test_notes_stand_above_the_progress_bar(tmp_path: Path, tiny_folder: Path) -
     text.write_text("Once upon a time there was a king. " * 300)
     more = ("--tokenizer", tiny_folder, "--valid", text, "--eval-every", "1", "--seed", "1")
     shown = on_terminal("train", text, "-o", tmp_path / "out", *more, *SIZE)
-    assert shown.count(b"bits per byte") == 2
+    assert b"bits per byte" in shown  # how often it is drawn is up to the clock
+    assert b"tokens to train on" in shown
     for line in shown.replace(b"\r", b"\n").split(b"\n"):
         assert not (b"tokens/s" in line and b"note:" in line)
 
