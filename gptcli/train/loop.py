@@ -98,7 +98,7 @@ def train(
     Raises UsageError when the data is too small, OutputError when ``out`` can't be written, CorruptError for a
     checkpoint that is not this model's, DivergedError when going back does not help.
     """
-    ranks = ranks or Ranks()
+    ranks = ranks or Ranks(model.embedding.weight.device)
     run = _Run(model, corpus, valid, plan, out, files, ranks)
     run.sampler, run.sample_every, run.options = sampler, sample_every, dict(options or {})
     if resume is not None:
