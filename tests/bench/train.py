@@ -1,6 +1,6 @@
 """Training speed in tokens per second, gptcli beside plain loops: same size, data and batch, in turn in one run.
 
-    python tests/bench/train.py [--rounds 5] [--steps 3] [--peers "plain bf16" gptcli ...] [--gptcli optimizer=adamw]
+    python tests/bench/train.py [--rounds 5] [--steps 3] [--peers "plain bf16" ...] [--gptcli FIELD=VALUE]
 
 Each peer lives in a process of its own, so that neither memory nor compiled code mix; while one is measured, the others
 are stopped (SIGSTOP) and burn nothing. A measurement wakes a peer, lets it take one step that nobody times, then times
@@ -8,7 +8,8 @@ are stopped (SIGSTOP) and burn nothing. A measurement wakes a peer, lets it take
 
 What is compared: whole optimizer steps (batch, forward, backward, clipping, update) from a random start, on tokens
 drawn at random like words of a language (often few, seldom many). The plain loop and transformers share one loop and
-AdamW; gptcli runs its own loop with its own defaults, or with those that ``--gptcli`` names. transformers stands in
+AdamW; gptcli runs its own loop, with AdamW as they, and with its own default, Muon, whose update costs the same
+whatever the batch: it is dear at few tokens a step, and pays by needing fewer (time_to_loss.py). transformers stands in
 the plain loop, which is lighter than its Trainer.
 
 By default the 17M model at 16 x 256 tokens on two CPU threads; on CUDA GPT-2 124M at 64 x 1024 tokens with the
@@ -46,6 +47,7 @@ PEERS = {
     "transformers bf16 compiled": ("transformers", True, "bfloat16"),
     "gptcli bf16": ("gptcli", False, "bfloat16"),
     "gptcli bf16 compiled": ("gptcli", True, "bfloat16"),
+    "gptcli bf16 Muon": ("gptcli muon", False, "bfloat16"),
 }
 MATRIX = "bf16 matrix product"
 SIZES = {
@@ -102,7 +104,8 @@ def trainer(name: str, options: argparse.Namespace, out: Path) -> tuple[Callable
     size = Size(options.vocab, options.context, options.layers, options.width, options.heads)
     spread = np.random.default_rng(0).random(max(1 << 20, 4 * options.rows * options.context))
     tokens = (size.vocab_size**spread - 1).astype(np.uint16)  # the k-th word's share is about 1/k
-    if kind == "gptcli":
+    if kind.startswith("gptcli"):
+        optimizer = "muon" if kind == "gptcli muon" else "adamw"
         model, events = gptcli_steps(
             size,
             tokens,
@@ -112,7 +115,7 @@ def trainer(name: str, options: argparse.Namespace, out: Path) -> tuple[Callable
             dtype=dtype,
             compile=compiled,
             device=options.device,
-            settings=parse_settings(options.gptcli),
+            settings={"optimizer": optimizer, **parse_settings(options.gptcli)},
         )
         return partial(next, events), {"parameters": count(model)}
 
@@ -275,7 +278,7 @@ def show(options: argparse.Namespace, rates: dict[str, dict[str, float]], facts:
     machine = rates.pop(MATRIX)
     medians = {name: rate["median"] for name, rate in rates.items()}
     peers = {name: median for name, median in medians.items() if not name.startswith("gptcli")}
-    ours = {name: median for name, median in medians.items() if name.startswith("gptcli")}
+    ours = {name: median for name, median in medians.items() if name.startswith("gptcli") and "Muon" not in name}
     best = max(peers, key=lambda name: peers[name], default=None)
     in_tera = {name: value / 1e12 for name, value in machine.items()}
     rows = {MATRIX: "{median:9.3f} TFLOP/s  ({least:.3f}-{most:.3f})".format(**in_tera)}
