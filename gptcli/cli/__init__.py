@@ -42,6 +42,7 @@ COMMANDS: dict[str, Entry] = {
 
 _SETTINGS: dict[str, Any] = {"rich_markup_mode": None, "pretty_exceptions_enable": False, "add_completion": False}
 _NAMES = {"help_option_names": ["-h", "--help"]}
+_WIDEST_NAME = 30  # of an option in help; beyond it, what it does stands below
 
 
 class _ReaderGoneError(Exception):
@@ -65,6 +66,25 @@ class LeafCommand(TyperCommand):
                     param.split_envvar_value = lambda value: [value]  # one value, spaces and all
             elif param.param_type_name == "argument":
                 param.display_type = lambda ctx: ""  # "list[str]" tells nobody anything
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Arguments, then options under the headings that they name (``rich_help_panel``), those without one last."""
+        sections: dict[str, list[tuple[str, str]]] = {"Arguments": []}
+        rest: list[tuple[str, str]] = []
+        for param in self.get_params(ctx):
+            if record := param.get_help_record(ctx):
+                heading = (
+                    "Arguments" if param.param_type_name == "argument" else getattr(param, "rich_help_panel", None)
+                )
+                (sections.setdefault(heading, []) if heading else rest).append(record)
+        grouped = len(sections) > 1
+        sections["Every command" if grouped else "Options"] = rest
+        names = [name for rows in sections.values() for name, _ in rows]
+        column = min(_WIDEST_NAME, max(map(len, names))) if grouped else 0
+        for heading, rows in sections.items():
+            if rows:
+                with formatter.section(heading):
+                    formatter.write_dl([(name.ljust(column), text) for name, text in rows])
 
     def invoke(self, ctx: Any) -> Any:
         from gptcli.cli.options import stronger

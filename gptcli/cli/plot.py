@@ -64,12 +64,12 @@ class Run:
 
 def plot(
     ctx: typer.Context,
-    runs: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Folders that gptcli train wrote.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="DIR", help="Folders that gptcli train wrote.")],
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Draw into a .png or .svg instead.")
     ] = None,
-    x: Annotated[str, typer.Option("--x", metavar="|".join(X_AXES), help="What goes to the right.")] = "tokens",
-    y: Annotated[str, typer.Option("--y", metavar="|".join(Y_AXES), help="What goes up.")] = "loss",
+    x: Annotated[str, typer.Option("--x", metavar="|".join(X_AXES), help="The horizontal axis.")] = "tokens",
+    y: Annotated[str, typer.Option("--y", metavar="|".join(Y_AXES), help="The vertical axis.")] = "loss",
     smooth: Annotated[
         int | None,
         typer.Option("--smooth", metavar="N", min=1, help="Mean over N steps. Default: 2% of them; JSON: 1."),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -11,105 +12,131 @@ from gptcli.cli import options
 from gptcli.cli.out import Output
 from gptcli.errors import UsageError
 
+# The headings of the help, in its order.
+run_option = partial(typer.Option, rich_help_panel="Run")
+data_option = partial(typer.Option, rich_help_panel="Data")
+model_option = partial(typer.Option, rich_help_panel="Model")
+schedule_option = partial(typer.Option, rich_help_panel="Length and schedule")
+saving_option = partial(typer.Option, rich_help_panel="Evaluate and save")
+machine_option = partial(typer.Option, rich_help_panel="Machine")
+
 
 def train(
     ctx: typer.Context,
     data: Annotated[
         list[str] | None, typer.Argument(metavar="DATA", help="Texts, .jsonl, .xz, .gz, .zst, folders, or -.")
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", metavar="DIR", help="The model folder to write.")] = None,
-    valid: Annotated[
-        list[str] | None, typer.Option("--valid", metavar="FILE", help="Text to evaluate on; else 1% of the documents.")
+    out: Annotated[Path | None, run_option("--out", "-o", metavar="DIR", help="The model folder to write.")] = None,
+    resume: Annotated[bool, run_option("--resume", help="Go on from the last checkpoint in DIR.")] = False,
+    force: Annotated[bool, run_option("--force", help="Replace what is in DIR.")] = False,
+    plan: Annotated[
+        bool, run_option("--plan", help="Only say what each rank would hold, and whether it fits.")
+    ] = False,
+    gpus: Annotated[
+        str | None,
+        run_option(
+            "--gpus", metavar="CARDS", help="With --plan: cards and their memory, as 8x141GB; default: this machine's."
+        ),
     ] = None,
-    field: Annotated[str, typer.Option("--field", metavar="NAME", help="Where .jsonl lines have their text.")] = "text",
+    valid: Annotated[
+        list[str] | None,
+        data_option("--valid", metavar="FILE", help="Text to evaluate on, repeatable; else 1% of the documents."),
+    ] = None,
+    field: Annotated[str, data_option("--field", metavar="NAME", help="Where .jsonl lines have their text.")] = "text",
+    mask_documents: Annotated[
+        bool, data_option("--mask-documents", help="No document sees the one packed before it.")
+    ] = False,
     init_from: Annotated[
-        str | None, typer.Option("--init-from", metavar="MODEL", help="Fine-tune this model, with its tokenizer.")
+        str | None, model_option("--init-from", metavar="MODEL", help="Fine-tune this model, with its tokenizer.")
     ] = None,
     freeze: Annotated[
         list[str] | None,
-        typer.Option("--freeze", metavar="PATTERN", help="Parameters to leave alone, as 'blocks.0.*'; repeatable."),
+        model_option("--freeze", metavar="PATTERN", help="Parameters to leave alone, as 'blocks.0.*'; repeatable."),
     ] = None,
     preset: Annotated[
-        str | None, typer.Option("--preset", metavar="NAME", help="A size by name: gpt2, gpt2-medium, ...")
+        str | None, model_option("--preset", metavar="NAME", help="A size by name: gpt2, gpt2-medium, ...")
     ] = None,
     config: Annotated[
-        Path | None, typer.Option("--config", metavar="FILE", help="A config.json to take the size from.")
+        Path | None, model_option("--config", metavar="FILE", help="A config.json to take the size from.")
     ] = None,
-    layers: Annotated[int | None, typer.Option("--layers", metavar="L", min=1, help="Default: 6.")] = None,
+    layers: Annotated[int | None, model_option("--layers", metavar="L", min=1, help="Default: 6.")] = None,
     heads: Annotated[
-        int | None, typer.Option("--heads", metavar="H", min=1, help="Default: one for each 64 of width.")
+        int | None, model_option("--heads", metavar="H", min=1, help="Default: one for each 64 of width.")
     ] = None,
-    width: Annotated[int | None, typer.Option("--width", metavar="C", min=1, help="Default: 256.")] = None,
+    width: Annotated[int | None, model_option("--width", metavar="C", min=1, help="Default: 256.")] = None,
     context: Annotated[
         int | None,
-        typer.Option("--context", metavar="T", min=2, help="The most tokens that the model sees. Default: 512."),
+        model_option("--context", metavar="T", min=2, help="The most tokens that the model sees. Default: 512."),
     ] = None,
     vocab_size: Annotated[
-        int | None, typer.Option("--vocab-size", metavar="V", help="Train a tokenizer of this size.")
+        int | None, model_option("--vocab-size", metavar="V", help="Train a tokenizer of this size.")
     ] = None,
     tokenizer: Annotated[
         str | None,
-        typer.Option("--tokenizer", metavar="MODEL", help="Use a model's tokenizer; default: the shipped model's."),
+        model_option("--tokenizer", metavar="MODEL", help="Use a model's tokenizer; default: the shipped model's."),
     ] = None,
-    steps: Annotated[int | None, typer.Option("--steps", metavar="N", min=1)] = None,
-    tokens: Annotated[int | None, typer.Option("--tokens", metavar="N", min=1)] = None,
+    steps: Annotated[int | None, schedule_option("--steps", metavar="N", min=1, help="Updates of the weights.")] = None,
+    tokens: Annotated[
+        int | None, schedule_option("--tokens", metavar="N", min=1, help="Tokens to train on, repeats counted.")
+    ] = None,
     epochs: Annotated[
-        float | None, typer.Option("--epochs", metavar="X", help="Passes over the data; 1 if no length is given.")
+        float | None, schedule_option("--epochs", metavar="X", help="Passes over the data; 1 if no length is given.")
     ] = None,
-    minutes: Annotated[float | None, typer.Option("--minutes", metavar="X")] = None,
-    batch_tokens: Annotated[int, typer.Option("--batch-tokens", metavar="N", min=1, help="Tokens a step.")] = 8192,
-    optimizer: Annotated[str, typer.Option("--optimizer", metavar="NAME", help="muon or adamw.")] = "muon",
+    minutes: Annotated[
+        float | None, schedule_option("--minutes", metavar="X", help="By the clock, from the first step on.")
+    ] = None,
+    batch_tokens: Annotated[
+        int, schedule_option("--batch-tokens", metavar="N", min=1, help="Tokens a step, rounded to whole contexts.")
+    ] = 8192,
+    optimizer: Annotated[str, schedule_option("--optimizer", metavar="NAME", help="muon or adamw.")] = "muon",
     lr: Annotated[
-        float | None, typer.Option("--lr", metavar="X", help="The highest learning rate; fine-tuning has a lower one.")
+        float | None,
+        schedule_option("--lr", metavar="X", help="The highest learning rate; fine-tuning has a lower one."),
     ] = None,
-    weight_decay: Annotated[float, typer.Option("--weight-decay", metavar="X")] = 0.1,
-    mask_documents: Annotated[
-        bool, typer.Option("--mask-documents", help="No document sees the one packed before it.")
-    ] = False,
+    weight_decay: Annotated[float, schedule_option("--weight-decay", metavar="X", help="Of the matrices.")] = 0.1,
+    seed: Annotated[
+        int | None, schedule_option("--seed", metavar="N", help="Same seed, same run; drawn and told if not set.")
+    ] = None,
     eval_every: Annotated[
-        int, typer.Option("--eval-every", metavar="N", min=0, help="Steps; 0: only at the end.")
+        int, saving_option("--eval-every", metavar="N", min=0, help="Steps; 0: only at the end.")
     ] = 250,
     save_every: Annotated[
-        int, typer.Option("--save-every", metavar="N", min=0, help="Steps; 0: only at the end.")
+        int, saving_option("--save-every", metavar="N", min=0, help="Steps; 0: only at the end.")
     ] = 1000,
     sample_every: Annotated[
-        int | None, typer.Option("--sample-every", metavar="N", min=0, help="Steps; default: at each evaluation.")
+        int | None,
+        saving_option("--sample-every", metavar="N", min=0, help="Steps; default: at each evaluation; 0: never."),
     ] = None,
     sample_prompt: Annotated[
-        str, typer.Option("--sample-prompt", metavar="TEXT", help="What samples go on from.")
+        str, saving_option("--sample-prompt", metavar="TEXT", help="What samples go on from.")
     ] = "",
-    keep: Annotated[int, typer.Option("--keep", metavar="N", min=1, help="Checkpoints to keep.")] = 2,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in DIR.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace what is in DIR.")] = False,
-    seed: options.Seed = None,
-    device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
+    keep: Annotated[int, saving_option("--keep", metavar="N", min=1, help="Checkpoints to keep.")] = 2,
     save_dtype: Annotated[
-        str, typer.Option("--save-dtype", metavar="DTYPE", help="float32, bfloat16 or float16.")
+        str, saving_option("--save-dtype", metavar="DTYPE", help="Of the model: float32, bfloat16 or float16.")
     ] = "float32",
-    threads: options.Threads = None,
-    compile: Annotated[
-        bool | None, typer.Option("--compile/--no-compile", help="Default: on CUDA where a short trial gains by it.")
-    ] = None,
+    device: Annotated[
+        str, machine_option("--device", metavar="DEVICE", help="auto, cpu, cuda, cuda:N or mps.")
+    ] = "auto",
+    dtype: Annotated[
+        str, machine_option("--dtype", metavar="DTYPE", help="float32 or bfloat16; auto: bfloat16 where it is fast.")
+    ] = "auto",
+    threads: Annotated[int | None, machine_option("--threads", metavar="N", min=1, help="CPU threads to use.")] = None,
     micro_batch: Annotated[
-        int | None, typer.Option("--micro-batch", metavar="ROWS", min=1, help="At once; default: what fits.")
+        int | None, machine_option("--micro-batch", metavar="ROWS", min=1, help="Contexts at once; default: what fits.")
+    ] = None,
+    compile: Annotated[
+        bool | None, machine_option("--compile/--no-compile", help="Default: on CUDA where a short trial gains by it.")
     ] = None,
     checkpoint_activations: Annotated[
         bool | None,
-        typer.Option(
+        machine_option(
             "--checkpoint-activations/--no-checkpoint-activations",
-            help="Less memory, a third more work; default: where it would not fit.",
+            help="Less memory, a third more work; default: on CUDA where it would not fit.",
         ),
     ] = None,
     parallel: Annotated[
-        str, typer.Option("--parallel", metavar="WAY", help="Under torchrun: auto, ddp or fsdp.")
+        str, machine_option("--parallel", metavar="WAY", help="Under torchrun: auto, ddp or fsdp.")
     ] = "auto",
-    plan: Annotated[
-        bool, typer.Option("--plan", help="Only say what each rank would hold, and whether it fits.")
-    ] = False,
-    gpus: Annotated[
-        str | None, typer.Option("--gpus", metavar="CARDS", help="With --plan: cards and their memory, as 8x141GB.")
-    ] = None,
 ) -> None:
     """Train a model on text, or fine-tune one.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -146,6 +147,26 @@ def test_every_command_has_the_options_of_every_command(run: Run, command: str) 
     help_text = run(*command.split(), "--help").out.decode()
     for option in ("--json", "--quiet", "-q", "--verbose", "-v", "--color", "--format", "--help", "-h"):
         assert option in help_text
+
+
+def test_the_many_options_of_train_stand_under_headings(run: Run) -> None:
+    shown = run("train", "--help").out.decode()
+    headings = re.findall(r"^(\w[\w ]*):$", shown, flags=re.MULTILINE)
+    groups = ["Run", "Data", "Model", "Length and schedule", "Evaluate and save", "Machine"]
+    assert headings == ["Arguments", *groups, "Every command"]
+    # What has no heading of its own is what every command has, each option once.
+    every = run("models", "list", "--help").out.decode()
+    assert options_in(shown.split("Every command:")[1]) == options_in(every)
+    listed = options_in(shown.split("Arguments:")[1])
+    assert len(listed) == len(set(listed))
+    begins = {
+        line.find(told) for line in shown.splitlines() for told in ("The model folder", "CPU threads") if told in line
+    }
+    assert len(begins) == 1
+
+
+def options_in(shown: str) -> list[str]:
+    return re.findall(r"^  (?:-\w, )?(--[\w-]+)", shown, flags=re.MULTILINE)
 
 
 def test_choice() -> None:
