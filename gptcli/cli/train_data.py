@@ -57,7 +57,7 @@ def files_of_folder(folder: Path) -> dict[str, bytes]:
     """The tokenizer's files in a model folder, and what says how it writes conversations."""
     names = _FILES[:1] if (folder / _FILES[0]).is_file() else _FILES[1:]
     if not all((folder / name).is_file() for name in names):
-        raise NotFoundError(f"{folder} has no tokenizer files", "name another model with --tokenizer")
+        raise NotFoundError(f"{folder} has no tokenizer files", "name another model")
     return {name: (folder / name).read_bytes() for name in (*names, *_ALONG) if (folder / name).is_file()}
 
 
@@ -169,7 +169,9 @@ def _read_examples(
 
     def corpus(name: str, examples: Examples) -> Corpus:
         if examples.longest > size.context:
-            said.note(f"the longest of {name} is {examples.longest:,} tokens: beyond {size.context:,} it is cut")
+            said.note(
+                f"the longest of {name} is {examples.longest:,} tokens: beyond {size.context:,} it is learnt in parts"
+            )
         return Corpus(name, examples.tokens, examples.documents, examples.text_bytes, start_id, examples.learnt)
 
     learnt, held = examples_of(asked.data, words, template, start_id, held_out=0.0 if asked.valid else _HELD_OUT)

@@ -407,7 +407,7 @@ class _Run:
             where = "before the first checkpoint" if checkpoint is None else "again and again"
             raise DivergedError(
                 f"the loss or its gradient was not finite for {failed} steps in a row, {where} (step {step})",
-                "use a smaller --lr, or --dtype float32",
+                "start anew with --force and a smaller --lr, or --dtype float32",
             )
         smaller = self.lr_scale * _BACK_OFF
         with undivided():

@@ -79,7 +79,7 @@ def prepare(
             trim(cache, keep_bytes, set(entries))
     except OSError as error:
         message = f"the token cache {cache} can't be written: {error.strerror or error}"
-        raise OutputError(message, "make room on the disk, or name another folder") from None
+        raise OutputError(message, "make room on the disk, or have it elsewhere with XDG_CACHE_HOME") from None
     order = [entry.key for path in paths for entry in named[path]]
     train = _corpus(name, [shard.train for key in order for shard in shards[key]], recipe.encoder)
     valid = _corpus("held out", [shard.valid for key in entries for shard in shards[key]], recipe.encoder)
