@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from gptcli.cli.train_run import RATES
 from gptcli.errors import ExitCode
 from tests.conftest import ROOT, Gptcli
 
@@ -71,8 +72,24 @@ def test_models_and_train_fields_are_named(gptcli: Gptcli, tiny_folder: Path, tm
     shown = objects(gptcli("models", "show", str(tiny_folder), "--json").stdout)
     verified = objects(gptcli("models", "verify", str(tiny_folder), "--json").stdout)
     part = REFERENCE.split("\n### models\n")[1]
-    names = {name for value in [*shown, *verified, events[1], events[3]] for name in value} - {"event"}
+    plan = objects(gptcli("train", "--plan", "--preset", "gpt3", "--gpus", "8x141GB", "--json").stdout)[0]
+    assert isinstance(plan["rank"], dict)
+    names = {name for value in [*shown, *verified, plan, plan["rank"]] for name in value}
     assert names <= set(re.findall(r"`([a-z_]+)`", part))
+    for event in events:
+        (row,) = re.findall(rf"^\| `{event['event']}` \| (.*) \|$", part, flags=re.MULTILINE)
+        values = {"none", "ddp", "fsdp"}  # of `parallel`
+        assert set(re.findall(r"`([a-z_]+)`", row)) - values == set(event) - {"event", "step", "tokens"}
+
+
+def test_the_highest_learning_rates_are_told() -> None:
+    told = re.search(
+        r"Without `--lr` the highest is (\S+) with Muon and (\S+)\s+with AdamW; .* (\S+) and (\S+)\.", REFERENCE
+    )
+    assert told is not None
+    assert tuple(map(float, told.groups())) == tuple(
+        rates[kind] for kind in (0, 1) for rates in (RATES["muon"], RATES["adamw"])
+    )
 
 
 def console_commands(text: str) -> list[tuple[str, str]]:

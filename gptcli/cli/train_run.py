@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from gptcli.train.ranks import Ranks
 
 # The peak learning rate where none is given: from random weights, and for a model that is fine-tuned.
-_RATES = {"muon": (5e-3, 5e-4), "adamw": (2e-3, 1e-4)}
+RATES = {"muon": (5e-3, 5e-4), "adamw": (2e-3, 1e-4)}
 _SAMPLE_TOKENS = 64
 
 
@@ -120,7 +120,7 @@ def _train(said: Output, asked: Asked, seed: int, out: Path, resumed: Resumed | 
     dtype = runtime.pick_dtype(asked.dtype, "bfloat16", ranks.device)
     plan = Plan(
         batch_tokens=asked.batch_tokens,
-        lr=asked.lr if asked.lr is not None else _RATES[asked.optimizer][bool(asked.init_from)],
+        lr=asked.lr if asked.lr is not None else RATES[asked.optimizer][bool(asked.init_from)],
         weight_decay=asked.weight_decay,
         optimizer=_optimizer(asked),
         steps=_steps(asked, size.context, corpora[0], ranks.count),
