@@ -4,9 +4,10 @@
         --valid stories.valid.txt.xz novels.valid.txt.xz --tokens 1e8 [--log anchors.jsonl]
 
 ``nanogpt`` is the plain loop (plain_gpt.py) with nanoGPT's recipe for small models: AdamW at 1e-3, 100 steps of
-warm-up, a cosine to a tenth, betas 0.9 and 0.99, decay 0.1. ``tuned`` is the same at 2e-3, which suits a model of this
-size better (``--lr`` names other rates). Shape and tokenizer are the folder's. They see as many tokens as ``--tokens``
-says, or train for ``--minutes`` of the wall; name the data as often as the model saw it, so that the mix is the same.
+warm-up, a cosine to a tenth, betas 0.9 and 0.99, decay 0.1. ``tuned`` is the same at 2e-3, the rate that gptcli takes
+for AdamW by itself (``--lr`` names other rates). Shape and tokenizer are the folder's. They see as many tokens as
+``--tokens`` says, or train for ``--minutes`` of the wall; name the data as often as the model saw it, so that the mix
+is the same.
 
 Every text's bits per byte come from one function for all three (windows side by side as long as the context, every
 token but the first predicted once, as ``gptcli.train.evaluate.corpus_nats`` does, in float32), the folder's own

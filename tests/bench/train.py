@@ -9,8 +9,9 @@ are stopped (SIGSTOP) and burn nothing. A measurement wakes a peer, lets it take
 What is compared: whole optimizer steps (batch, forward, backward, clipping, update) from a random start, on tokens
 drawn at random like words of a language (often few, seldom many). The plain loop and transformers share one loop and
 AdamW; gptcli runs its own loop, with AdamW as they, and with its own default, Muon, whose update costs the same
-whatever the batch: it is dear at few tokens a step, and pays by needing fewer (time_to_loss.py). transformers stands in
-the plain loop, which is lighter than its Trainer.
+whatever the batch: it is dear at few tokens a step, and pays by needing fewer (time_to_loss.py). ``ratio`` is AdamW
+against AdamW: the best of gptcli's own, compiled or not, by the best of the others. transformers stands in the plain
+loop, which is lighter than its Trainer.
 
 By default the 17M model at 16 x 256 tokens on two CPU threads; on CUDA GPT-2 124M at 64 x 1024 tokens with the
 vocabulary padded to 50,304 for all, as nanoGPT does. There each peer but gptcli, which finds its own, splits the batch
