@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 # Of the documents, where no text to evaluate on is named.
 _HELD_OUT = 0.01
+# What the cache of tokens holds at most; the texts used least recently go first.
+_CACHE_BYTES = 20_000_000_000
 _FILES = ("tokenizer.json", "vocab.json", "merges.txt")
 _ALONG = ("tokenizer_config.json", "chat_template.jinja")
 
@@ -122,6 +124,7 @@ def _read_texts(said: Output, asked: Asked, words: Tokenizer, files: dict[str, b
                 held_out=held_out,
                 progress=progress,
                 workers=asked.threads,
+                keep_bytes=_CACHE_BYTES,
             )
         return [part for part in parts if part is not None]
 

@@ -42,7 +42,7 @@ class Plan:
     """
 
     batch_tokens: int = 8192
-    lr: float = 4e-3
+    lr: float = 5e-3
     weight_decay: float = 0.1
     warmup: float = 0.02
     clip: float = 1.0

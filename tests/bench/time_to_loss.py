@@ -6,7 +6,7 @@
 First the plain loop (plain_gpt.py) trains for all tokens with nanoGPT's recipe for small models: AdamW, 1e-3 after 100
 steps of warm-up, a cosine to a tenth, betas 0.9 and 0.99, decay 0.1, windows at random. Then gptcli, whose schedule has
 to know its end as well, trains for ``--fraction`` of these tokens with its loop's defaults (``gptcli.train.loop.Plan``:
-Muon at 4e-3, where the command takes 5e-3), or with what ``--gptcli`` names. It has won if it ends no higher. Where its
+Muon at 5e-3, as the command), or with what ``--gptcli`` names. It has won if it ends no higher. Where its
 curve first is no higher, evaluated every ``--evals``-th part of the run, is reported too; so is the least loss that the
 plain loop saw, which differs where it overfits.
 
