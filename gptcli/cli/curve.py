@@ -26,24 +26,6 @@ class Piece(NamedTuple):
     series: int | None = None
 
 
-def draw(
-    series: Mapping[str, Sequence[Point]],
-    width: int,
-    height: int,
-    *,
-    marks: Collection[str] = (),
-    unicode: bool = True,
-    log_x: bool = False,
-    seconds: bool = False,
-    title: str = "",
-    x_title: str = "",
-) -> list[str]:
-    """The same as ``paint``, as plain lines."""
-    options = {"unicode": unicode, "log_x": log_x, "seconds": seconds}
-    lines = paint(series, width, height, marks=marks, title=title, x_title=x_title, **options)
-    return ["".join(piece.text for piece in line) for line in lines]
-
-
 def paint(
     series: Mapping[str, Sequence[Point]],
     width: int,
@@ -182,10 +164,9 @@ def _y_span(lines: Sequence[_Dots], columns: int, *, whole: bool) -> tuple[float
 def _binned(line: Sequence[tuple[float, float]], span: tuple[float, float], columns: int) -> _Dots:
     """One point a column: the mean of those that fall into it."""
     low, high = span
-    scale = (columns - 1) / (high - low)
     sums: dict[int, tuple[float, int]] = {}
     for x, y in line:
-        column = int((x - low) * scale + 0.5)
+        column = int((x - low) / (high - low) * (columns - 1) + 0.5)
         total, count = sums.get(column, (0.0, 0))
         sums[column] = (total + y, count + 1)
     return [(column, total / count) for column, (total, count) in sums.items()]

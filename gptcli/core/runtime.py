@@ -102,6 +102,11 @@ def rank_place() -> RankPlace | None:
     return RankPlace(rank, count, local_rank) if count > 1 else None
 
 
+def device_name(device: torch.device) -> str:
+    """Which device it is, as far as one of its kind differs from another: a GPU's model; else ``cpu`` or ``mps``."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def memory_bytes(device: torch.device) -> int | None:
     """All the memory of a CUDA device; None for others, whose memory is shared with whatever else runs."""
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
@@ -157,10 +162,11 @@ def cards() -> tuple[int, int]:
     return 1, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-# Dense bf16 operations a second by the makers' data sheets, by a part of the device's name.
+# Dense bf16 operations a second by the makers' data sheets, by words of the device's name.
 _SHEET = {
     "H200": 989e12,
     "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989e12,
     "A100": 312e12,
     "L40S": 362e12,
@@ -175,8 +181,8 @@ def sheet_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """Operations a second of a known GPU in bf16 or float16, which utilisation is commonly told against; else None."""
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((rate for part, rate in _SHEET.items() if part in name), None)
+    name = device_name(device)
+    return next((rate for words, rate in _SHEET.items() if re.search(rf"\b{words}\b", name)), None)
 
 
 def measured_flops(device: torch.device, dtype: torch.dtype) -> float:

@@ -22,8 +22,9 @@ Parallel = Literal["none", "ddp", "fsdp"]
 Optimizer = Literal["adamw", "muon"]
 Dtype = Literal["float32", "bfloat16"]
 
-# The logits of one chunk of tokens and their gradient, both in float32, hold at most this many bytes together.
-LOGIT_BYTES = 1 << 29
+# The logits of one chunk of tokens on a card, in elements; and in bytes, with their softmax or gradient, in float32.
+LOGIT_CHUNK = 1 << 28
+LOGIT_BYTES = 2 * 4 * LOGIT_CHUNK
 # The CUDA context, the libraries' workspaces and code.
 CONTEXT_BYTES = 1_000_000_000
 # What NCCL keeps for its channels, where there is more than one rank.

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,11 +44,11 @@ class Choices:
 def choose(objective: nn.Module, plan: Plan, rows: int, ranks: Ranks) -> Choices:
     """Fill in what the plan leaves open, for ``rows`` of this rank a step.
 
-    On CUDA the largest micro-batch is found by trying halves until one fits, with activation checkpointing where not
-    even one row fits without; then a few compiled passes are timed beside plain ones. Ranks that can't try alone go by
-    ``spec.plan``, since one that runs out of memory in the middle of a pass leaves the others waiting. On a CPU
-    memory is asked for, and compiling does not pay (``tests/bench/train.py``). All ranks choose alike. Raises
-    ResourceError when not even one row fits.
+    On CUDA the largest micro-batch is found by trying halves until one fits (in all but a twentieth of the memory, for
+    what a step does besides), with activation checkpointing where not even one row fits without; then a few compiled
+    passes are timed beside plain ones. Ranks that can't try alone go by ``spec.plan``, since one that runs out of
+    memory in the middle of a pass leaves the others waiting. On a CPU memory is asked for, and compiling does not pay
+    (``tests/bench/train.py``). All ranks choose alike. Raises ResourceError when not even one row fits.
     """
     transformer = _transformer(objective)
     device = transformer.embedding.weight.device
@@ -64,14 +63,15 @@ def choose(objective: nn.Module, plan: Plan, rows: int, ranks: Ranks) -> Choices
         return int(ranks.least(torch.tensor(number, device=device)))
 
     saving = bool(plan.checkpoint_activations)
-    micro = least(plan.micro_batch or _largest(alone, rows, saving))
+    apart = plan.mask_documents
+    micro = least(plan.micro_batch or _largest(alone, rows, saving, apart))
     if not micro and plan.checkpoint_activations is None:
         saving = True
-        micro = least(plan.micro_batch or _largest(alone, rows, saving))
+        micro = least(plan.micro_batch or _largest(alone, rows, saving, apart))
     if not micro:
         raise _no_room()
     micro = _even(rows, micro)
-    compiled = plan.compile if plan.compile is not None else _compiling_pays(alone, micro, saving)
+    compiled = plan.compile if plan.compile is not None else _compiling_pays(alone, micro, saving, apart)
     return Choices(micro, bool(least(int(compiled))), saving)
 
 
@@ -133,13 +133,20 @@ def apply(transformer: Transformer, choices: Choices) -> None:
 
 def _checkpointed(block: nn.Module, saving: bool) -> None:
     """Whether a block keeps its activations for the backward pass, or makes them again from what went in."""
-    plain = type(block).forward.__get__(block)
-    block.forward = partial(checkpoint, plain, use_reentrant=False) if saving else plain
+    if saving:
+        # A method of ours: what stands in one of torch's files, as a partial of ``checkpoint`` does, is not compiled.
+        block.forward = _forward_again.__get__(block)
+    else:
+        vars(block).pop("forward", None)
+
+
+def _forward_again(block: nn.Module, *inputs: Any) -> Any:
+    # Nothing is drawn at random within a block, so there is no state of a generator to keep.
+    return checkpoint(type(block).forward, block, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 def _transformer(objective: nn.Module) -> Transformer:
-    found = next(module for module in objective.modules() if isinstance(module, Transformer))
-    return found
+    return next(module for module in objective.modules() if isinstance(module, Transformer))
 
 
 def _even(rows: int, most: int) -> int:
@@ -147,46 +154,60 @@ def _even(rows: int, most: int) -> int:
     return -(-rows // -(-rows // min(most, rows)))
 
 
-def _largest(objective: nn.Module, rows: int, saving: bool) -> int:
-    """The most rows whose forward and backward pass fits; 0 if not even one does."""
+def uncompiled(choices: Choices) -> AbstractContextManager[Any]:
+    """Around what compiled blocks are not for: sampling, whose shapes are others at every token."""
+    return torch.compiler.set_stance("force_eager") if choices.compile else contextlib.nullcontext()
+
+
+def _largest(objective: nn.Module, rows: int, saving: bool, apart: bool = False) -> int:
+    """The most rows whose forward and backward pass fits; 0 if not even one does. ``apart`` masks documents."""
     transformer = _transformer(objective)
     for block in transformer.blocks:
         _checkpointed(block, saving)
     tried = rows
     while True:
+        spare = None
         try:
+            spare = _spare(transformer.embedding.weight.device)
             # Where there are several parts to a step, the second is beside the gradients of the first.
             for _ in range(1 if tried == rows else 2):
-                _pass(objective, tried)
+                _pass(objective, tried, apart)
             return tried
         except torch.OutOfMemoryError:
             if tried == 1:
                 return 0
             tried = -(-tried // 2)
         finally:
+            del spare
             objective.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
 
 
-def _pass(objective: nn.Module, rows: int) -> None:
+def _spare(device: torch.device) -> Tensor | None:
+    """A twentieth of a card's memory, held while the rest is tried."""
+    size = runtime.memory_bytes(device)
+    return None if size is None else torch.empty(size // 20, dtype=torch.uint8, device=device)
+
+
+def _pass(objective: nn.Module, rows: int, apart: bool) -> None:
     transformer = _transformer(objective)
     config, device = transformer.config, transformer.embedding.weight.device
     ids = torch.zeros((rows, config.context), dtype=torch.int64, device=device)
-    loss: Tensor = objective(ids, ids)
+    loss: Tensor = objective(ids, ids, ids.int() if apart else None)
     loss.backward()
     torch.cuda.synchronize(device)
 
 
-def _compiling_pays(objective: nn.Module, rows: int, saving: bool) -> bool:
+def _compiling_pays(objective: nn.Module, rows: int, saving: bool, apart: bool = False) -> bool:
     """Whether compiled blocks are at least a twentieth faster; no, where the compiler is missing or fails."""
     transformer = _transformer(objective)
 
     def seconds() -> float:
-        _pass(objective, rows)
+        _pass(objective, rows, apart)
         times = []
         for _ in range(3):
             start = time.perf_counter()
-            _pass(objective, rows)
+            _pass(objective, rows, apart)
             times.append(time.perf_counter() - start)
         return min(times)
 
@@ -205,7 +226,6 @@ def _compiling_pays(objective: nn.Module, rows: int, saving: bool) -> bool:
             torch.cuda.empty_cache()
 
 
-def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Floating-point operations a second that the device can do: of a known GPU by its data sheet, else measured."""
-    known: Callable[[], float | None] = partial(runtime.sheet_flops, device, dtype)
-    return known() or runtime.measured_flops(device, dtype)
+    return runtime.sheet_flops(device, dtype) or runtime.measured_flops(device, dtype)

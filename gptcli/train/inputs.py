@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from gptcli.errors import CorruptError, NotFoundError, UsageError
-from gptcli.train.documents import read_blocks, unpacked_suffix
+from gptcli.train.documents import PACKED_SUFFIXES, is_json_lines, read_blocks
 
 _READ = 1 << 20
 
@@ -32,13 +32,13 @@ class Input:
     @property
     def is_json(self) -> bool:
         """Whether its lines are objects."""
-        return self.path != "-" and unpacked_suffix(Path(self.path)) == ".jsonl"
+        return is_json_lines(self.path)
 
     @property
     def packing(self) -> str:
         """``.xz`` and the like; empty where it is not packed."""
         suffix = Path(self.path).suffix
-        return suffix if suffix in (".xz", ".gz", ".zst") else ""
+        return suffix if suffix in PACKED_SUFFIXES else ""
 
     def blocks(self, start: int) -> Iterator[tuple[bytes, int]]:
         """See ``read_blocks``."""

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gptcli.core import runtime
 from gptcli.core.checkpoint import output_errors
 from gptcli.core.model import Transformer
 from gptcli.errors import DivergedError, UsageError
@@ -197,7 +198,9 @@ class _Run:
             if self.sampler and (evaluate if self.sample_every is None else self._is_time(self.sample_every, last)):
                 whole = self.ranks.whole_model(self.model)
                 if self.ranks.rank == 0:
-                    yield {"event": "sample", **self._position(), **self.sampler(whole, self.step)}
+                    with fit.uncompiled(choices):
+                        told = self.sampler(whole, self.step)
+                    yield {"event": "sample", **self._position(), **told}
             # Not what may turn out to be broken, while there is more to come.
             if self._is_time(plan.save_every, last) and (last or not failed):
                 yield self._save()
@@ -212,9 +215,11 @@ class _Run:
         }
 
     def _choices(self) -> fit.Choices:
-        """Find out, or read from the checkpoint, what is chosen by trying; and set the model up so."""
+        """Find out, or read from a checkpoint of the like devices, what is chosen by trying; set the model up so."""
         told = self.resumed.state if self.resumed else {}
-        known = told["options"].get("choices") if told.get("ranks") == self.ranks.count else None
+        here = runtime.device_name(self.device)
+        alike = told.get("ranks") == self.ranks.count and told.get("device", here) == here
+        known = told["options"].get("choices") if alike else None
         chosen = fit.Choices(**known) if known else fit.choose(self.objective, self.plan, self.own_rows, self.ranks)
         self.options = {**self.options, "choices": chosen.to_dict()}
         fit.apply(self.model, chosen)
@@ -228,7 +233,7 @@ class _Run:
         return {
             "event": "start",
             **self._position(),
-            "parameters": sum(self.ranks.part(parameter).rows * _row(parameter) for parameter in self._parameters()),
+            "parameters": sum(self.ranks.part(one).rows * math.prod(one.shape[1:]) for one in self.model.parameters()),
             "config": config.to_dict(),
             "train_tokens": len(self.corpus.tokens),
             "train_bytes": self.corpus.text_bytes,
@@ -249,9 +254,6 @@ class _Run:
             "peak_flops_per_second": self.peak,
             "resumed": self.resumed is not None,
         }
-
-    def _parameters(self) -> Iterator[Tensor]:
-        return self.model.parameters()
 
     def _position(self) -> Event:
         return {"step": self.step, "tokens": self._tokens()}
@@ -335,7 +337,10 @@ class _Run:
     def _on_device(self, batch: Batch, part: slice) -> tuple[Tensor, Tensor, Tensor | None]:
         def moved(array: Any) -> Tensor:
             tensor = torch.from_numpy(array[part])
-            return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+            if self.device.type != "cuda":
+                return tensor
+            # What is not contiguous would be copied once more, to where the device has to be waited for.
+            return tensor.contiguous().pin_memory().to(self.device, non_blocking=True)
 
         return moved(batch.ids), moved(batch.targets), None if batch.documents is None else moved(batch.documents)
 
@@ -371,6 +376,7 @@ class _Run:
             "best": self.best,
             "options": self.options,
             "ranks": self.ranks.count,
+            "device": runtime.device_name(self.device),
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
         }
@@ -416,7 +422,3 @@ class _Run:
             self.seconds_before, self.skipped, self.rollbacks, self.lr_scale = seconds, skipped, rollbacks, smaller
             self.began = time.perf_counter()
         return {"event": "rollback", "step": step, "to_step": self.step, "lr_scale": smaller}
-
-
-def _row(parameter: Tensor) -> int:
-    return math.prod(parameter.shape[1:])

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from gptcli.core.model import Transformer
+from gptcli.spec.plan import LOGIT_CHUNK
 from gptcli.train.data import IGNORED
 
 # Logits of one chunk, in elements: on a CPU they stay in its cache, on a GPU they keep every multiprocessor busy.
-_CHUNK = {"cpu": 1 << 21, "cuda": 1 << 28}
+_CHUNK = {"cpu": 1 << 21, "cuda": LOGIT_CHUNK}
 
 
 class Objective(nn.Module):
@@ -58,6 +59,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         to_matrix = torch.zeros_like(matrix, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         loss = vectors.new_zeros((), dtype=torch.float32)
         size = max(1, _CHUNK.get(vectors.device.type, _CHUNK["cpu"]) // len(matrix))
+        every = bool((targets != IGNORED).all())  # asked once: the answer takes a GPU as long as all that is before
         for start in range(0, len(vectors), size):
             part = slice(start, start + size)
             learnt = (targets[part] != IGNORED)[:, None]  # [N, 1]
@@ -68,7 +70,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 continue
             # The gradient of the loss with respect to the logits: the probabilities, less 1 at the target.
             gradient = logprobs.exp_().scatter_add_(1, target, target.new_full(target.shape, -1, dtype=torch.float32))
-            gradient = (gradient * learnt if not learnt.all() else gradient).to(matrix.dtype)
+            gradient = (gradient if every else gradient * learnt).to(matrix.dtype)
             if to_vectors is not None:
                 torch.mm(gradient, matrix, out=to_vectors[part])
             if to_matrix is not None:
@@ -80,9 +82,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         to_vectors, to_matrix = ctx.saved_tensors
-        scale = gradients[0]  # float32, and not rounded to the vectors' type: it would be off for all of them alike
+        scale = gradients[0]
         return (
-            None if to_vectors is None else to_vectors * scale,
+            # Not in the vectors' type, to which a GPU rounds the scale: it would be off for all of them alike.
+            None if to_vectors is None else (to_vectors.float() * scale).to(to_vectors.dtype),
             None if to_matrix is None else to_matrix * scale,
             None,
         )

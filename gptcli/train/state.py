@@ -31,7 +31,6 @@ _STATE = "state.json"
 _WRITING = ".writing-"
 _OLD = ".old"
 
-
 # What reading a file raises that is not what was written.
 _DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError)
 

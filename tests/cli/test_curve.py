@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-from gptcli.cli.curve import Point, draw, human, paint, sensible_range, smoothed
+from gptcli.cli.curve import Point, human, paint, sensible_range, smoothed
 
 DOTS = {chr(code) for code in range(0x2801, 0x2900)}
+
+
+def draw(series: Mapping[str, Sequence[Point]], width: int, height: int, **more: Any) -> list[str]:
+    """What ``paint`` makes, as plain lines."""
+    return ["".join(piece.text for piece in line) for line in paint(series, width, height, **more)]
 
 
 def falling(count: int = 2000) -> list[Point]:
@@ -162,6 +169,7 @@ VALUES = st.one_of(st.none(), st.floats(-1e12, 1e12), st.just(math.nan), st.just
 POINTS = st.lists(st.tuples(st.floats(-1e3, 1e12), VALUES), max_size=30)
 
 
+@example([[(2.225073858507203e-309, 0.0)]], 12, 5, False, False)  # too small to be divided by
 @given(st.lists(POINTS, min_size=1, max_size=3), st.integers(12, 90), st.integers(5, 30), st.booleans(), st.booleans())
 def test_whatever_the_data_it_fits(
     lists: list[list[Point]], width: int, height: int, unicode: bool, log_x: bool

@@ -145,3 +145,22 @@ def test_drawn_seeds_differ_and_are_below_2_to_the_32() -> None:
     seeds = {runtime.draw_seed() for _ in range(100)}
     assert len(seeds) > 90
     assert all(0 <= seed < 2**32 for seed in seeds)
+
+
+@pytest.mark.parametrize(
+    ("name", "rate"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA L40", None),
+    ],
+)
+def test_a_gpu_is_known_by_whole_words_of_its_name(
+    monkeypatch: pytest.MonkeyPatch, name: str, rate: float | None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert runtime.sheet_flops(torch.device("cuda"), torch.bfloat16) == rate
+    assert runtime.sheet_flops(torch.device("cuda"), torch.float32) is None

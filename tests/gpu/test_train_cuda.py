@@ -109,10 +109,10 @@ def test_too_many_rows_are_halved_until_they_fit(monkeypatch: pytest.MonkeyPatch
 
     real = fit._pass
 
-    def with_little_memory(objective: Any, rows: int) -> None:
+    def with_little_memory(objective: Any, rows: int, apart: bool) -> None:
         if rows > 3:
             raise torch.OutOfMemoryError
-        real(objective, rows)
+        real(objective, rows, apart)
 
     monkeypatch.setattr(fit, "_pass", with_little_memory)
     objective = Objective(small.model().to(DEVICE), torch.float32)

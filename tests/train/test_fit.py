@@ -71,6 +71,32 @@ def test_checkpointing_makes_activations_again_and_the_same_gradients(monkeypatc
         assert torch.equal(gradient, results[2][name]), name
 
 
+@pytest.mark.parametrize("saving", [False, True])
+def test_blocks_are_compiled_once_for_all_of_them_and_left_alone_by_samples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saving: bool
+) -> None:
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    def sample(one: Transformer, step: int) -> dict[str, Any]:
+        with torch.inference_mode():
+            for length in range(1, CONTEXT):
+                one(torch.zeros((1, length), dtype=torch.int64))
+        return {}
+
+    options = {"steps": 2, "sampler": sample, "sample_every": 1, "checkpoint_activations": saving}
+    plain = list(run(tmp_path, model(n_layer=3), compile=False, **options))
+    torch._dynamo.reset()
+    monkeypatch.setattr(Block, "compile", lambda self: nn.Module.compile(self, backend=backend))
+    compiled = list(run(tmp_path, model(n_layer=3), compile=True, **options))
+    assert len(graphs) == 1
+    for one, other in zip(plain, compiled, strict=True):
+        assert one.get("loss") == pytest.approx(other.get("loss"), abs=1e-6)
+
+
 # --- Recorded and used again
 
 
@@ -103,10 +129,11 @@ def test_what_was_chosen_is_kept_and_used_on_resuming(
     assert newest(tmp_path).state["options"] == {"lr": 1, "choices": chosen}
 
 
-def test_on_another_number_of_ranks_it_is_chosen_anew(tmp_path: Path) -> None:
+@pytest.mark.parametrize("other", [{"ranks": 2}, {"device": "NVIDIA H100 80GB HBM3"}])
+def test_on_other_devices_or_another_number_of_them_it_is_chosen_anew(tmp_path: Path, other: dict[str, Any]) -> None:
     list(run(tmp_path, steps=2, micro_batch=1))
     file = newest(tmp_path).folder / "state.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "ranks": 2}))
+    file.write_text(json.dumps({**json.loads(file.read_text()), **other}))
     told = list(run(tmp_path, steps=4, resume=newest(tmp_path)))
     assert told[0]["micro_batch"] == 4
 
@@ -118,7 +145,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, fits: Callable[[int, bool], bool]) 
     """Passes that need no device: ``fits`` says whether so many rows do, with gradients there already or not."""
     tried: list[int] = []
 
-    def one_pass(objective: nn.Module, rows: int) -> None:
+    def one_pass(objective: nn.Module, rows: int, apart: bool) -> None:
         tried.append(rows)
         there = all(parameter.grad is not None for parameter in objective.parameters())
         for parameter in objective.parameters():
@@ -171,7 +198,7 @@ def test_trying_is_done_with_the_checkpointing_that_is_asked_for(monkeypatch: py
     for saving in (True, False):
         pretend(monkeypatch, lambda count, there: True)
         fit._largest(Objective(one, torch.float32), 2, saving)
-        assert all(hasattr(block.forward, "func") == saving for block in one.blocks)
+        assert all((block.forward.__func__ is not Block.forward) == saving for block in one.blocks)
 
 
 @pytest.mark.parametrize(("faster", "pays"), [(0.5, True), (0.94, True), (0.96, False), (2.0, False)])
@@ -182,7 +209,7 @@ def test_compiling_pays_where_it_is_clearly_faster(monkeypatch: pytest.MonkeyPat
     def marked(self: Block) -> None:
         self._compiled_call_impl = self._call_impl
 
-    def one_pass(objective: nn.Module, rows: int) -> None:
+    def one_pass(objective: nn.Module, rows: int, apart: bool) -> None:
         now[0] += faster if one.blocks[0]._compiled_call_impl else 1.0
 
     monkeypatch.setattr(Block, "compile", marked, raising=False)
@@ -197,5 +224,5 @@ def test_a_compiler_that_fails_does_not_pay(monkeypatch: pytest.MonkeyPatch) -> 
         raise RuntimeError("no compiler")
 
     monkeypatch.setattr(Block, "compile", broken, raising=False)
-    monkeypatch.setattr(fit, "_pass", lambda objective, rows: None)
+    monkeypatch.setattr(fit, "_pass", lambda objective, rows, apart: None)
     assert fit._compiling_pays(Objective(model(), torch.float32), 2, False) is False
