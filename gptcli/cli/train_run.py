@@ -105,6 +105,7 @@ def _train(said: Output, asked: Asked, seed: int, out: Path, resumed: Resumed | 
     from gptcli.spec.plan import choose_parallel
     from gptcli.train.log import METRICS
     from gptcli.train.loop import Plan, train
+    from gptcli.train.state import what_differs
 
     begun = resumed.checkpoint.state["options"] if resumed else {}
     files = _from_rank_0(ranks, lambda: tokenizer_files(said, asked, out, begun.get("tokenizer")))
@@ -139,6 +140,8 @@ def _train(said: Output, asked: Asked, seed: int, out: Path, resumed: Resumed | 
     files["train.toml"] = _train_toml(asked, plan, size).encode(errors="replace")
     told = {**to_keep(asked), "tokenizer": tokenizer_digest(files), "data": fingerprint(corpora[0])}
     _compare(begun, told)
+    if resumed and (changed := what_differs(resumed.checkpoint)):
+        said.note(f"not to the bit as without a stop: the run began with {', '.join(changed)}")
     kind = asked.parallel
     if kind == "auto":
         kind = choose_parallel(size, ranks.count, runtime.memory_bytes(ranks.device), _optimizer(asked))

@@ -148,6 +148,13 @@ def remove_checkpoints(out: Path) -> None:
             shutil.rmtree(out / FOLDER)
 
 
+def what_differs(checkpoint: Checkpoint) -> list[str]:
+    """What a run to the bit needs and is not as it was when the checkpoint was written, in words."""
+    now = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    before = {name: checkpoint.state.get(name) for name in now}
+    return [f"{name} {before[name]} (now {now[name]})" for name in now if before[name] not in (None, now[name])]
+
+
 def load_checkpoint(checkpoint: Checkpoint, parts: Mapping[str, Part]) -> None:
     """Fill this rank's parts, in place, from a checkpoint of any number of ranks.
 

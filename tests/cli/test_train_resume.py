@@ -77,6 +77,16 @@ def test_the_same_command_goes_on_too(train: Run, stopped: Path, text: Path) -> 
     assert [event["step"] for event in of_kind("step", told)] == [4, 5, 6, 7, 8]
 
 
+def test_another_torch_or_number_of_threads_is_said(run: Run, stopped: Path) -> None:
+    state = stopped / "checkpoints" / "step-000000003" / "state.json"
+    told = json.loads(state.read_text())
+    state.write_text(json.dumps({**told, "torch": "1.0", "threads": 77}))
+    done = run("train", "-o", stopped, "--resume")
+    assert done.code == 0
+    assert b"note: not to the bit as without a stop: the run began with torch 1.0 (now " in done.err
+    assert b", threads 77 (now " in done.err
+
+
 def test_a_tokenizer_is_trained_once(
     train: Run, text: Path, tmp_path: Path, interrupt_at: Interrupt, monkeypatch: pytest.MonkeyPatch
 ) -> None:
