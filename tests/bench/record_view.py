@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,8 @@ def record(events: Sequence[dict[str, Any]], name: str, at: float, width: int, h
     )
     for line in picture.frame(console, width, height):
         console.print(line)
-    return console.export_svg(title=f"gptcli train … -o {name}", unique_id="gptcli-train")
+    svg = console.export_svg(title=f"gptcli train … -o {name}", unique_id="gptcli-train")
+    return re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.DOTALL)  # a picture that asks no server for its fonts
 
 
 def main() -> None:
