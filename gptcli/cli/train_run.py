@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from gptcli.cli.metrics import FILE_NAME
 from gptcli.cli.out import Output
 from gptcli.cli.train_asked import Asked, Resumed, to_keep
 from gptcli.errors import OutputError, UsageError
@@ -103,7 +104,6 @@ def _train(said: Output, asked: Asked, seed: int, out: Path, resumed: Resumed | 
     from gptcli.cli.train_data import fingerprint, read_corpora, tokenizer_digest, tokenizer_files
     from gptcli.core import runtime
     from gptcli.spec.plan import choose_parallel
-    from gptcli.train.log import METRICS
     from gptcli.train.loop import Plan, train
     from gptcli.train.state import what_differs
 
@@ -159,7 +159,7 @@ def _train(said: Output, asked: Asked, seed: int, out: Path, resumed: Resumed | 
         options={**begun, **told},
         ranks=ranks,
     )
-    _follow(said, events, out, out / METRICS if resumed else None)
+    _follow(said, events, out, out / FILE_NAME if resumed else None)
 
 
 def _optimizer(asked: Asked) -> Literal["muon", "adamw"]:
@@ -175,9 +175,7 @@ def _from_rank_0(ranks: Ranks, made: Callable[[], dict[str, bytes]]) -> dict[str
 
 def _claim(out: Path, replacing: bool, ranks: Ranks) -> None:
     """Refuse a folder that holds a model or a run, unless told to replace it; make it if it is not there."""
-    taken = [
-        name for name in ("config.json", "metrics.jsonl", "model.safetensors", "checkpoints") if (out / name).exists()
-    ]
+    taken = [name for name in ("config.json", FILE_NAME, "model.safetensors", "checkpoints") if (out / name).exists()]
     ranks.wait()  # nobody has written yet
     if taken and not replacing:
         hint = "name another folder, go on with --resume, or replace it with --force"
