@@ -1,9 +1,11 @@
 """``gptcli`` and ``python -m gptcli`` (what torchrun launches)."""
 
+import os
 import sys
+from typing import NoReturn
 
 
-def run() -> None:
+def run() -> NoReturn:
     """The console script. Nothing is imported before Ctrl-C is quiet."""
     try:
         from gptcli.cli import main
@@ -11,6 +13,25 @@ def run() -> None:
         code = main()
     except KeyboardInterrupt:
         code = 130
+    end(code)
+
+
+def end(code: int) -> NoReturn:
+    """End the process; one that was a rank of several, at once.
+
+    Gloo's threads let go of a finished collective's tensors when they come to it, and need the interpreter for that.
+    Where they find it being taken down, the C++ runtime aborts the whole process, after all has gone well.
+    """
+    if "gptcli.train.group" in sys.modules:
+        import atexit
+
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except (OSError, ValueError):  # closed, or nobody reads it
+                code = code or 1
+        os._exit(code)
     sys.exit(code)
 
 

@@ -286,3 +286,28 @@ def test_names_in_errors_can_not_drive_a_terminal(run: Run) -> None:
     assert b"\x1b" not in done.err
     assert b"\r" not in done.err
     assert len(done.err.splitlines()) == 2
+
+
+def test_a_rank_ends_without_the_interpreter_being_taken_down() -> None:
+    """What ends with the interpreter is never called, since gloo's threads may still need it; all else is."""
+    script = """
+import atexit, sys
+from gptcli.__main__ import end
+
+class Last:
+    def __del__(self):
+        print("taken down", flush=True)
+
+last = Last()
+atexit.register(print, "said goodbye")
+if sys.argv[1] == "rank":
+    sys.modules["gptcli.train.group"] = sys
+print("done")
+end(4)
+"""
+    ends = {}
+    for who in ("rank", "alone"):
+        done = subprocess.run([sys.executable, "-c", script, who], capture_output=True, text=True, cwd=ROOT, check=False)
+        assert (done.returncode, done.stderr) == (4, "")
+        ends[who] = done.stdout.splitlines()
+    assert ends == {"rank": ["done", "said goodbye"], "alone": ["done", "said goodbye", "taken down"]}

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from gptcli.__main__ import end
 from gptcli.core.build import random_model
 from gptcli.core.model import Transformer
 from gptcli.spec.config import ModelConfig
@@ -132,6 +133,7 @@ def main() -> None:
     for scenario in json.loads((folder / "scenarios.json").read_text()):
         make(Scenario(**scenario), folder, ranks)
     ranks.leave()
+    end(0)
 
 
 if __name__ == "__main__":
