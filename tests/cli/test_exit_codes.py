@@ -307,7 +307,9 @@ end(4)
 """
     ends = {}
     for who in ("rank", "alone"):
-        done = subprocess.run([sys.executable, "-c", script, who], capture_output=True, text=True, cwd=ROOT, check=False)
+        done = subprocess.run(
+            [sys.executable, "-c", script, who], capture_output=True, text=True, cwd=ROOT, check=False
+        )
         assert (done.returncode, done.stderr) == (4, "")
         ends[who] = done.stdout.splitlines()
     assert ends == {"rank": ["done", "said goodbye"], "alone": ["done", "said goodbye", "taken down"]}
