@@ -154,11 +154,9 @@ class _Prompt:
 
     def prepare(self, model: Model, *, special: bool, room: int | None, out: Output) -> None:
         """Encode the text; past the context its beginning goes, if ``room`` says how much to leave for the answer."""
-        from gptcli.core.generate import check_prompt, start_ids
+        from gptcli.core.generate import check_prompt, prompt_ids
 
-        ids = model.tokenizer.encode(self.text, special=special)
-        if model.tokenizer.start_id is not None or not ids:
-            ids = start_ids(model) + ids
+        ids = prompt_ids(model, self.text, special=special)
         if room is not None and len(ids) > model.config.context:
             most = max(1, model.config.context - room)
             out.note(f"the first {len(ids) - most:,} of {len(ids):,} prompt tokens were cut off")

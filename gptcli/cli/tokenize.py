@@ -14,6 +14,7 @@ import typer
 from gptcli.cli import options
 from gptcli.cli.input import ERRORS, Source, sources
 from gptcli.cli.out import Output, harmless
+from gptcli.cli.tokens import visible
 from gptcli.errors import CorruptError, LimitError, UsageError
 
 if TYPE_CHECKING:
@@ -186,7 +187,7 @@ class _Work:
                 self._write_json(groups)
             elif pieces:
                 for piece in self._pieces(groups):
-                    self.out.data(f"{piece.id}\t{_visible(piece.data)}")
+                    self.out.data(f"{piece.id}\t{visible(piece.data)}")
             elif ids or not self.out.on_terminal:
                 separator = ""
                 for group in groups:
@@ -305,15 +306,6 @@ def _whole_pieces(pieces: Sequence[Piece]) -> Iterator[str]:
             else:
                 text, pending = pending.decode("utf-8", errors="replace"), b""
         yield harmless(text)
-
-
-def _visible(data: bytes) -> str:
-    """Token bytes on one line: text where they are text, backslash escapes for line ends and halves of characters."""
-    try:
-        text = data.decode("utf-8").replace("\\", "\\\\")
-    except UnicodeDecodeError:
-        text = data.decode("utf-8", errors="backslashreplace")
-    return harmless(text).replace("\n", "\\n").replace("\t", "\\t")
 
 
 def _parse_ids(source: Source, errors: str) -> list[int]:

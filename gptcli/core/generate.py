@@ -96,6 +96,18 @@ def start_ids(model: Model) -> list[int]:
     return [start]
 
 
+def prompt_ids(model: Model, text: str, *, special: bool = False) -> list[int]:
+    """The ids that a text becomes as a prompt, never none: the start token goes first where the tokenizer has one.
+
+    With ``special`` the special tokens written out in the text become themselves. Raises UsageError for an empty text
+    and a model without a start token. The length is the caller's to check (``check_prompt``).
+    """
+    ids = model.tokenizer.encode(text, special=special)
+    if model.tokenizer.start_id is not None or not ids:
+        ids = start_ids(model) + ids
+    return ids
+
+
 def check_prompt(model: Model, ids: Sequence[int]) -> None:
     """Raise LimitError for a prompt longer than the context, UsageError for ids that the model does not have."""
     if len(ids) > model.config.context:
