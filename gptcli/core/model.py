@@ -81,8 +81,10 @@ class Transformer(nn.Module):
         stream = self.residual_stream(ids, cache, tap)
         if last is not None:
             stream = stream[torch.arange(len(stream), device=stream.device), last]  # [B, C]
-        logits: Tensor = self.unembedding(self.norm(stream))
+        stream = self.norm(stream)
+        logits: Tensor = self.unembedding(stream)
         if tap:
+            tap("norm", stream)
             tap("logits", logits)
         return logits
 
@@ -128,11 +130,9 @@ class Block(nn.Module):
         """``[B, T, C]`` to ``[B, T, C]``."""
         gathered = self.attention(self.attention_norm(stream), turn, mask, cache, layer, tap)
         stream = stream + gathered
-        made = self.mlp(self.mlp_norm(stream))
+        made = self.mlp(self.mlp_norm(stream), layer, tap)
         stream = stream + made
         if tap:
-            tap(f"blocks.{layer}.attention", gathered)
-            tap(f"blocks.{layer}.mlp", made)
             tap(f"blocks.{layer}", stream)
         return stream
 
@@ -161,10 +161,14 @@ class Attention(nn.Module):
             query, key = rotate(query, turn), rotate(key, turn)
         if cache is not None:
             key, value = cache.append(layer, key, value)  # [B, K, S, D]
+        gathered = self.output(attend(query, key, value, mask).transpose(1, 2).flatten(2))  # [B, T, C]
         if tap:
+            tap(f"blocks.{layer}.query", query)
+            tap(f"blocks.{layer}.key", key)
+            tap(f"blocks.{layer}.value", value)
             tap(f"blocks.{layer}.pattern", attention_pattern(query, key, mask))
-        gathered = attend(query, key, value, mask)
-        return self.output(gathered.transpose(1, 2).flatten(2))  # [B, T, C]
+            tap(f"blocks.{layer}.attention", gathered)
+        return gathered
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)  # [B, H, T, D]
@@ -180,13 +184,17 @@ class MLP(nn.Module):
         self.up = Linear(config.width, config.mlp_width, bias=config.mlp_bias)
         self.down = Linear(config.mlp_width, config.width, bias=config.mlp_bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, layer: int, tap: Tap | None) -> Tensor:
         """``[B, T, C]`` to ``[B, T, C]``."""
         if self.gate is None:
-            hidden = self.activation(self.up(x))
+            hidden = self.activation(self.up(x))  # [B, T, F]
         else:
             hidden = self.activation(self.gate(x)) * self.up(x)
-        return self.down(hidden)
+        made: Tensor = self.down(hidden)
+        if tap:
+            tap(f"blocks.{layer}.hidden", hidden)
+            tap(f"blocks.{layer}.mlp", made)
+        return made
 
 
 def make_norm(config: ModelConfig) -> nn.Module:

@@ -201,9 +201,11 @@ def test_taps_by_name_and_shape(config: ModelConfig) -> None:
         wanted.append(("positions", stream))
     for layer in range(config.layers):
         block = f"blocks.{layer}"
-        wanted.append((f"{block}.pattern", pattern))
-        wanted += [(f"{block}{part}", stream) for part in (".attention", ".mlp", "")]
-    wanted.append(("logits", (2, 9, config.vocab_size)))
+        wanted.append((f"{block}.query", (2, config.heads, 9, config.head_dim)))
+        wanted += [(f"{block}.{part}", (2, config.kv_heads, 9, config.head_dim)) for part in ("key", "value")]
+        wanted += [(f"{block}.pattern", pattern), (f"{block}.attention", stream)]
+        wanted += [(f"{block}.hidden", (2, 9, config.mlp_width)), (f"{block}.mlp", stream), (block, stream)]
+    wanted += [("norm", stream), ("logits", (2, 9, config.vocab_size))]
     assert [(name, tuple(value.shape)) for name, value in seen] == wanted
     values = dict(seen)
     assert torch.equal(values["logits"], logits)
