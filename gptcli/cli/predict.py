@@ -191,12 +191,10 @@ class _Work:
         encode = self.model.tokenizer.encode
         apart = encode(text, special=self.special)
         for choice, ids in zip(self.asked.choices, self.choices, strict=True):
-            joined = encode(text + choice, special=self.special)
-            if joined != apart + ids:
-                shown = " ".join(quoted(self.model.tokenizer.token_bytes(id_)) for id_ in ids)
+            if encode(text + choice, special=self.special) != apart + ids:
+                pieces = " ".join(map(self._shown, ids))
                 self.out.detail(
-                    f"{where}the choice {quoted(choice.encode('utf-8', errors='replace'))} is weighed as {shown}; in one piece with the prompt "
-                    "it would be other tokens"
+                    f"{where}{choice!r} is weighed as {pieces}; in one piece with the prompt it would be other tokens"
                 )
 
     def _distribute(self, prompts: Sequence[_Prompt]) -> None:

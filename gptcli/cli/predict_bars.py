@@ -95,17 +95,25 @@ def choices(
     width: int,
     style: Style,
 ) -> str:
-    """Continuations in their order, with probability, log-probability and number of tokens; the likeliest in bold."""
+    """Continuations in their order, with probability, log-probability and number of tokens; the likeliest in bold.
+
+    Where the terminal is narrow, the last two are left out.
+    """
     label = min(max(map(_cells, names)), max(12, width // 3))
+    nats = max(len(f"{logprob:.4f}") for logprob in logprobs)
+    digits = len(str(max(counts)))
     facts = [
-        f"{logprob:.4f} nats, {count} token{'s' * (count > 1)}" for logprob, count in zip(logprobs, counts, strict=True)
+        f"{logprob:>{nats}.4f} nats, {count:>{digits}} token{'s' * (count > 1)}"
+        for logprob, count in zip(logprobs, counts, strict=True)
     ]
+    if width - label - _NUMBER - max(map(len, facts)) - 3 * _GAP < _LEAST_BAR:
+        facts = [""] * len(names)  # no room: the bars say more
     widest = max(map(len, facts))
     room = max(1, min(width - label - _NUMBER - widest - 3 * _GAP, _WIDEST_BAR))
     most, best = max(chances), max(range(len(chances)), key=lambda place: chances[place])
     rows = []
     for place, (name, chance, fact) in enumerate(zip(names, chances, facts, strict=True)):
-        numbers = f"{percent(chance):>{_NUMBER}}{'':{_GAP}}{fact:>{widest}}"
+        numbers = f"{percent(chance):>{_NUMBER}}{'':{_GAP}}{fact:<{widest}}"
         row = _row(name, [numbers + " " * _GAP + bar(chance / most, room)], label, width)
         rows.append(style(row, "bold") if place == best else row)
     return "\n".join(rows)

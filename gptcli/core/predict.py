@@ -45,7 +45,7 @@ class Distribution:
 
 @dataclass(frozen=True)
 class Continuation:
-    """Token ids that may follow a prompt, and the log-probability of each given all before, in nats, at temperature 1."""
+    """Token ids that may follow a prompt, and each one's log-probability given all before: nats, temperature 1."""
 
     ids: tuple[int, ...]
     logprobs: tuple[float, ...]
