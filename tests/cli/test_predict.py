@@ -399,6 +399,7 @@ def test_the_longest_bar_is_the_likeliest_token(terminal: Callable[..., str], pr
     assert len(tokens) == 10
     assert lengths == sorted(lengths, reverse=True)
     assert lengths[0] > lengths[1] > 0
+    assert len(tokens[0]) == 80  # it takes all the room
     for line, each in zip(tokens, value["top"], strict=True):
         share = each["probability"] / value["top"][0]["probability"]
         assert abs(length(line) - share * lengths[0]) <= 1
