@@ -48,6 +48,18 @@ def test_generate_fields(gptcli: Gptcli, tiny_folder: Path) -> None:
     assert set(first["logprobs"][0]) == {"id", "text", "logprob", "top"}
 
 
+def test_predict_fields(gptcli: Gptcli, tiny_folder: Path) -> None:
+    common = ("predict", "x", "-m", str(tiny_folder), "--json")
+    runs = [(), ("-t", "1,2"), ("--choose", "a", "--lines")]
+    plain, several, chosen = (objects(gptcli(*common, *more).stdout)[0] for more in runs)
+    assert documented("predict") == plain.keys() | several.keys() | chosen.keys()
+    assert set(several["temperatures"][0]) == plain.keys() - (several.keys() & chosen.keys())
+    part = REFERENCE.split("\n### predict\n")[1]
+    for field, value in (("top", plain["top"][0]), ("choices", chosen["choices"][0])):
+        (row,) = re.findall(rf"^\| `{field}` \| (.*) \|$", part, flags=re.MULTILINE)
+        assert set(value) <= set(re.findall(r"`([a-z_]+)`", row))
+
+
 def test_tokenize_fields(gptcli: Gptcli, tiny_folder: Path) -> None:
     common = ("tokenize", "--json", "-m", str(tiny_folder))
     runs = [("a b",), ("a b", "--count"), ("a b", "--truncate", "1"), ("a b", "--split", "1"), ("65", "--decode")]

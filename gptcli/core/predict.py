@@ -1,17 +1,24 @@
-"""What comes next: one forward pass, and the distribution that softmax makes of its last logits."""
+"""What comes next: the distribution that softmax makes of the last logits, and how likely whole continuations are."""
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from gptcli.core.build import Model
+from gptcli.core.decode import Decoder
 from gptcli.core.generate import check_prompt
-from gptcli.errors import CorruptError
+from gptcli.errors import CorruptError, LimitError
+
+# Memory for the keys, values and logits of rows that are computed together; more rows wait for their turn.
+_ROOM_BYTES = 1 << 30
+# Tokens that a row may always be padded with; beyond, to twice its length.
+_PADDING = 16
 
 
 @dataclass(frozen=True)
@@ -25,26 +32,58 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Distribution:
-    """The next token's distribution at one temperature; ``top`` are the likeliest tokens, best first."""
+    """The next token's distribution at one temperature.
+
+    ``top`` are the likeliest tokens, best first; ``others`` is the probability of all the rest together.
+    """
 
     temperature: float
     entropy_bits: float
     top: tuple[Candidate, ...]
+    others: float
 
 
-@torch.inference_mode()
+@dataclass(frozen=True)
+class Continuation:
+    """Token ids that may follow a prompt, and each one's log-probability given all before: nats, temperature 1."""
+
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+
+    @property
+    def logprob(self) -> float:
+        """Of the whole: the sum over its tokens."""
+        return math.fsum(self.logprobs)
+
+    @property
+    def logprob_per_token(self) -> float:
+        """The mean over its tokens, which does not favour short ones (Brown et al. 2020, GPT-3, section 2.4)."""
+        return self.logprob / len(self.logprobs)
+
+
 def next_logits(model: Model, ids: Sequence[int]) -> Tensor:
     """The logits ``[V]`` of the token after ``ids``, on the model's device and in its dtype.
 
     Raises LimitError for more ids than the context, UsageError for an id that the model does not have, CorruptError
     for weights whose logits are not finite.
     """
-    check_prompt(model, ids)
-    batch = torch.tensor([list(ids)], device=model.device)
-    logits = model.transformer(batch, last=torch.tensor([len(ids) - 1], device=model.device))[0]
-    if not bool(torch.isfinite(logits).all()):
-        raise CorruptError(f"the logits of {model.name} are not finite", "its weights are damaged: get them again")
-    return logits
+    return next_logits_batch(model, [ids])[0]
+
+
+@torch.inference_mode()
+def next_logits_batch(model: Model, prompts: Sequence[Sequence[int]]) -> Tensor:
+    """``next_logits`` of several prompts, ``[B, V]``, as many of them together as the memory set aside allows."""
+    for ids in prompts:
+        check_prompt(model, ids)
+    found: list[Tensor] = [torch.empty(0)] * len(prompts)
+    for rows in _batches(model, [len(ids) for ids in prompts], copies=1, logits=1):
+        lengths = [len(prompts[row]) for row in rows]
+        # Padding on the right is never seen: it stands behind every real query.
+        batch = torch.tensor(_padded([prompts[row] for row in rows]), device=model.device)
+        logits = model.transformer(batch, last=torch.tensor(lengths, device=model.device) - 1)  # [B, V]
+        for row, each in zip(rows, _finite(model, logits), strict=True):
+            found[row] = each
+    return torch.stack(found)
 
 
 def probabilities(logits: Tensor, temperature: float) -> Tensor:
@@ -67,8 +106,117 @@ def distribution(logits: Tensor, temperature: float = 1.0, top: int = 10) -> Dis
     chances = probabilities(logits, temperature)
     nats = -torch.special.xlogy(chances, chances).sum()
     best = logits.float().cpu().sort(descending=True, stable=True)
-    ids = best.indices[:top]
+    ids, rest = best.indices[:top], best.indices[top:]
     candidates = zip(ids.tolist(), best.values[:top].tolist(), chances[ids].tolist(), strict=True)
     return Distribution(
-        temperature, max(0.0, nats.item() / math.log(2)), tuple(Candidate(*each) for each in candidates)
+        temperature,
+        max(0.0, nats.item() / math.log(2)),
+        tuple(Candidate(*each) for each in candidates),
+        chances[rest].sum().item(),
     )
+
+
+def normalized(logprobs: Sequence[float]) -> list[float]:
+    """The probabilities of alternatives of which one is true: softmax of their log-probabilities (nats)."""
+    return torch.tensor(list(logprobs), dtype=torch.float64).softmax(-1).tolist()
+
+
+def check_continuations(model: Model, prompt: Sequence[int], choices: Sequence[Sequence[int]]) -> None:
+    """Raise LimitError where a prompt and a choice exceed the context, UsageError for ids that are not there.
+
+    A choice's last token is predicted, never read, so it may stand one past the context.
+    """
+    context = model.config.context
+    longest = max(map(len, choices))
+    if len(prompt) + longest - 1 > context:
+        raise LimitError(
+            f"the prompt is {len(prompt):,} tokens, the longest choice {longest:,}, and the context of {model.name} "
+            f"is {context:,}",
+            "shorten them, or let the prompt's beginning go with --truncate-prompt left",
+        )
+    for ids in (prompt, *choices):
+        check_prompt(model, ids)
+
+
+@torch.inference_mode()
+def score_continuations(
+    model: Model, prompts: Sequence[Sequence[int]], choices: Sequence[Sequence[int]]
+) -> list[list[Continuation]]:
+    """How likely each choice is after each prompt: for each prompt its choices, in their order.
+
+    A prompt is computed once for all choices, and as many rows go together as the memory set aside allows. Neither
+    prompts nor choices may be empty. Raises what ``check_continuations`` does, and CorruptError for weights whose
+    logits are not finite.
+    """
+    for prompt in prompts:
+        check_continuations(model, prompt, choices)
+    found: list[list[Continuation]] = [[]] * len(prompts)
+    longest = max(map(len, choices))
+    lengths = [len(prompt) + longest - 1 for prompt in prompts]
+    for rows in _batches(model, lengths, copies=1 + len(choices), logits=longest):
+        together = _score_together(model, [prompts[row] for row in rows], choices)
+        for row, scored in zip(rows, together, strict=True):
+            found[row] = scored
+    return found
+
+
+def _score_together(
+    model: Model, prompts: Sequence[Sequence[int]], choices: Sequence[Sequence[int]]
+) -> list[list[Continuation]]:
+    """``score_continuations`` with one fill of the cache; the choices go on from copies of it."""
+    longest = max(map(len, choices))
+    decoder = Decoder(model.transformer)
+    capacity = max(map(len, prompts)) + longest - 1
+    first = _logprobs(_finite(model, decoder.prefill(prompts, capacity)))  # [B, V]
+    found = [[Continuation(tuple(ids), (each[ids[0]].item(),)) for ids in choices] for each in first]
+    more = [number for number, ids in enumerate(choices) if len(ids) > 1]
+    for part in _batches(model, [capacity] * len(more), copies=len(prompts), logits=longest):
+        numbers = [more[place] for place in part]
+        assert decoder.cache is not None
+        cache = copy.copy(decoder.cache)  # the tensors are replaced next, not written
+        cache.select([row for row in range(len(prompts)) for _ in numbers])
+        ids = torch.tensor(_padded([choices[number][:-1] for number in numbers]), device=model.device)
+        logits = model.transformer(ids.repeat(len(prompts), 1), cache)  # [B * choices, T, V]
+        pairs = [(row, number) for row in range(len(prompts)) for number in numbers]
+        for (row, number), each in zip(pairs, logits, strict=True):
+            rest = choices[number][1:]
+            logprobs = _logprobs(_finite(model, each[: len(rest)]))  # [T, V]
+            chosen = logprobs.gather(1, torch.tensor(rest)[:, None])[:, 0].tolist()
+            before = found[row][number]
+            found[row][number] = Continuation(before.ids, (*before.logprobs, *chosen))
+    return found
+
+
+def _logprobs(logits: Tensor) -> Tensor:
+    """Log-softmax over the last axis, as exact as ``probabilities``."""
+    return logits.float().cpu().double().log_softmax(-1)
+
+
+def _finite(model: Model, logits: Tensor) -> Tensor:
+    if not bool(torch.isfinite(logits).all()):
+        raise CorruptError(f"the logits of {model.name} are not finite", "its weights are damaged: get them again")
+    return logits
+
+
+def _padded(rows: Sequence[Sequence[int]]) -> list[list[int]]:
+    longest = max(map(len, rows))
+    return [[*row, *[0] * (longest - len(row))] for row in rows]
+
+
+def _batches(model: Model, lengths: Sequence[int], *, copies: int, logits: int) -> Iterator[list[int]]:
+    """Row numbers that go together: of like length, so that little is padded, and at least one at a time.
+
+    Each row stands for ``copies`` rows of the cache, of its length in tokens, and for so many times ``logits`` logits.
+    """
+    config = model.config
+    token = 2 * config.layers * config.kv_heads * config.head_dim * model.dtype.itemsize
+    most = _ROOM_BYTES // copies
+    rows: list[int] = []
+    for row in sorted(range(len(lengths)), key=lambda row: lengths[row]):
+        each = lengths[row] * token + logits * config.vocab_size * 4
+        if rows and ((len(rows) + 1) * each > most or lengths[row] > 2 * lengths[rows[0]] + _PADDING):
+            yield rows
+            rows = []
+        rows.append(row)
+    if rows:
+        yield rows
