@@ -123,6 +123,12 @@ def check_prompt(model: Model, ids: Sequence[int]) -> None:
         )
 
 
+def check_finite(model: Model, logits: Tensor) -> None:
+    """Raise CorruptError for logits that are no numbers: nothing sensible can be made of them."""
+    if not bool(torch.isfinite(logits).all()):
+        raise CorruptError(f"the logits of {model.name} are not finite", "its weights are damaged: get them again")
+
+
 def generate(
     model: Model,
     requests: Sequence[Request],
@@ -158,8 +164,7 @@ def generate(
     logits = decoder.prefill([row.window for row in rows], _capacity(model, rows))
     runtime.synchronize(model.device)
     timing.prefill_seconds += time.perf_counter() - start
-    if not bool(torch.isfinite(logits).all()):
-        raise CorruptError(f"the logits of {model.name} are not finite", "its weights are damaged: get them again")
+    check_finite(model, logits)
     history = None
     if sampling.looks_back:
         history = History([row.request.prompt for row in rows], model.config.vocab_size, model.device)

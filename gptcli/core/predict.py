@@ -12,8 +12,8 @@ from torch import Tensor
 
 from gptcli.core.build import Model
 from gptcli.core.decode import Decoder
-from gptcli.core.generate import check_prompt
-from gptcli.errors import CorruptError, LimitError
+from gptcli.core.generate import check_finite, check_prompt
+from gptcli.errors import LimitError
 
 # Memory for the keys, values and logits of rows that are computed together; more rows wait for their turn.
 _ROOM_BYTES = 1 << 30
@@ -81,7 +81,8 @@ def next_logits_batch(model: Model, prompts: Sequence[Sequence[int]]) -> Tensor:
         # Padding on the right is never seen: it stands behind every real query.
         batch = torch.tensor(_padded([prompts[row] for row in rows]), device=model.device)
         logits = model.transformer(batch, last=torch.tensor(lengths, device=model.device) - 1)  # [B, V]
-        for row, each in zip(rows, _finite(model, logits), strict=True):
+        check_finite(model, logits)
+        for row, each in zip(rows, logits, strict=True):
             found[row] = each
     return torch.stack(found)
 
@@ -167,7 +168,9 @@ def _score_together(
     longest = max(map(len, choices))
     decoder = Decoder(model.transformer)
     capacity = max(map(len, prompts)) + longest - 1
-    first = _logprobs(_finite(model, decoder.prefill(prompts, capacity)))  # [B, V]
+    logits = decoder.prefill(prompts, capacity)
+    check_finite(model, logits)
+    first = _logprobs(logits)  # [B, V]
     found = [[Continuation(tuple(ids), (each[ids[0]].item(),)) for ids in choices] for each in first]
     more = [number for number, ids in enumerate(choices) if len(ids) > 1]
     for part in _batches(model, [capacity] * len(more), copies=len(prompts), logits=longest):
@@ -180,7 +183,8 @@ def _score_together(
         pairs = [(row, number) for row in range(len(prompts)) for number in numbers]
         for (row, number), each in zip(pairs, logits, strict=True):
             rest = choices[number][1:]
-            logprobs = _logprobs(_finite(model, each[: len(rest)]))  # [T, V]
+            check_finite(model, each[: len(rest)])
+            logprobs = _logprobs(each[: len(rest)])  # [T, V]
             chosen = logprobs.gather(1, torch.tensor(rest)[:, None])[:, 0].tolist()
             before = found[row][number]
             found[row][number] = Continuation(before.ids, (*before.logprobs, *chosen))
@@ -190,12 +194,6 @@ def _score_together(
 def _logprobs(logits: Tensor) -> Tensor:
     """Log-softmax over the last axis, as exact as ``probabilities``."""
     return logits.float().cpu().double().log_softmax(-1)
-
-
-def _finite(model: Model, logits: Tensor) -> Tensor:
-    if not bool(torch.isfinite(logits).all()):
-        raise CorruptError(f"the logits of {model.name} are not finite", "its weights are damaged: get them again")
-    return logits
 
 
 def _padded(rows: Sequence[Sequence[int]]) -> list[list[int]]:

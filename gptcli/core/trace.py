@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gptcli.core.build import Model
-from gptcli.core.generate import check_prompt
+from gptcli.core.generate import check_finite, check_prompt
 from gptcli.core.model import Transformer
 from gptcli.core.predict import Distribution, distribution, probabilities
 from gptcli.core.sampling import sample
 from gptcli.core.settings import Sampling
-from gptcli.errors import CorruptError, UsageError
+from gptcli.errors import UsageError
 
 _BLOCK = re.compile(r"blocks\.(\d+)(?:\.(\w+))?")
 _SYMBOLS = {
@@ -163,8 +163,7 @@ def trace(
     check_prompt(model, ids)
     recorder = _Recorder(model, list(ids), patterns)
     logits = model.transformer(torch.tensor([list(ids)], device=model.device), tap=recorder.take)[0, -1]  # [V]
-    if not bool(torch.isfinite(logits).all()):
-        raise CorruptError(f"the logits of {model.name} are not finite", "its weights are damaged: get them again")
+    check_finite(model, logits)
     found = distribution(logits, temperature, top)
     id_ = int(sample(logits[None], Sampling(temperature), [seed], [len(ids)]))
     chances = probabilities(logits, temperature)  # [V]
