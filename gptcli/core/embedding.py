@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gptcli.core.build import Model
-from gptcli.errors import CorruptError, LimitError, UnsupportedError, UsageError
+from gptcli.errors import CorruptError, LimitError, UsageError
 
 Pool = Literal["last", "mean", "none"]
 Table = Literal["embedding", "unembedding"]
@@ -336,9 +336,3 @@ def random_table(like: Tensor, seed: int) -> Tensor:
     """Rows in random directions with the norms of a table's own ``[V, C]``: what is known of words by chance."""
     generator = torch.Generator().manual_seed(seed)
     return _unit(torch.randn(like.shape, generator=generator)) * like.float().cpu().norm(dim=-1, keepdim=True)
-
-
-def check_poolable(pool: Pool, what: str) -> None:
-    """Raise UnsupportedError where one vector a text is needed."""
-    if pool == "none":
-        raise UnsupportedError(f"{what} needs one vector a text, and --pool none keeps one a token", "use last or mean")

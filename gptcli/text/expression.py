@@ -84,7 +84,9 @@ class _Parser:
             elif isinstance(total, list) and isinstance(more, list):
                 total += more if sign == "+" else self._scaled(more, -1.0, place)
             else:
-                raise mistake(self.source, place, f"a number and a word have no {'sum' if sign == '+' else 'difference'}")
+                raise mistake(
+                    self.source, place, f"a number and a word have no {'sum' if sign == '+' else 'difference'}"
+                )
         return total
 
     def _product(self) -> float | list[Term]:
@@ -195,7 +197,7 @@ class _Parser:
         if not char:
             return "a word is missing at the end"
         if char.isalpha():
-            return "words stand in quotes, with the space before them: \" king\""
+            return 'words stand in quotes, with the space before them: " king"'
         return f"expected a word in quotes, not {char!r}"
 
     def _wrong(self, what: str) -> UsageError:
