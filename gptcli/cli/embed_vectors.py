@@ -129,8 +129,8 @@ class Work:
         """A line a text: what it is, how long its vector is, and the first of its numbers."""
         width = shutil.get_terminal_size().columns
         room = max(10, min(40, width // 3))
-        dim = lambda text: self.out.style(text, "dim")  # noqa: E731
-        self.out.data(dim(fitted(f"{self.source()}: {self.model.config.width} numbers each", width)))
+        title = fitted(f"{self.source()}: {self.model.config.width} numbers each", width)
+        self.out.data(self.out.style(title, "dim"))
         for text, vector in zip(texts, self.vectors(texts), strict=True):
             if vector.values.dim() == 2:
                 self.out.data(self.out.style(fitted(label(text), width), "bold"))
@@ -143,7 +143,7 @@ class Work:
                 fit = max(0, min(len(numbers), (width - room - 18) // 8))
                 more = " …" if fit < len(numbers) else ""
                 line = "".join(f"{number:8.3f}" for number in numbers[:fit])
-                self.out.data(fitted(start, width) + dim(line + more))
+                self.out.data(fitted(start, width) + self.out.style(line + more, "dim"))
 
     def _counted(self, vectors: Iterator[Vector], total: int) -> Iterator[Vector]:
         """The same vectors; of many, a bar shows a person how far it is."""

@@ -36,9 +36,8 @@ class Words:
         if expression is not None:
             asked = [(expression, self._weights(expression))]
         else:
-            asked = [
-                (quote(word), {single_token(self.model.tokenizer, word, special=self.special): 1.0}) for word in words
-            ]
+            ids = [single_token(self.model.tokenizer, word, special=self.special) for word in words]
+            asked = [(quote(word), {id_: 1.0}) for word, id_ in zip(words, ids, strict=True)]
         for shown, weights in asked:
             vector = self.rows.combination(weights)
             found = self.rows.nearest(vector, count, exclude=weights)
@@ -71,7 +70,7 @@ class Words:
             return
         if excluded:
             self._say_excluded(excluded)
-        self._show_direction(expression, found, cut=count if not words and len(found) == 2 * count else None)
+        self._show_direction(expression, found, ends=None if words else count)
 
     def _weights(self, expression: str) -> dict[int, float]:
         """The weight of each token of an expression. Raises UsageError that says where a word is no single token."""
@@ -134,20 +133,23 @@ class Words:
             line = f"{near.cosine:6.3f}  {self.out.style(padded(name, room), 'bold')}"
             self.out.data(f"{line} {bar(near.cosine, longest)}".rstrip())
 
-    def _show_direction(self, shown: str, found: Sequence[Along], cut: int | None) -> None:
+    def _show_direction(self, shown: str, found: Sequence[Along], ends: int | None) -> None:
         if not self.out.on_terminal:
             for each in found:
-                self.out.data(f"{each.projection!r}\t{each.id}\t{visible(self.model.tokenizer.token_bytes(each.id))}")
+                text = visible(self.model.tokenizer.token_bytes(each.id))
+                self.out.data(f"{each.projection!r}\t{each.cosine!r}\t{each.id}\t{text}")
             return
         width = shutil.get_terminal_size().columns
         names = [self._quoted(each.id) for each in found]
         room = min(max(map(cells, names), default=0), max(8, width // 3))
-        title = f"along {shown} (to the right), {self.table} of {self.model.name}"
+        measure = "projection" if ends is None else "cosine"
+        title = f"along {shown} by {measure}, {self.table} of {self.model.name}"
         self.out.data(self.out.style(fitted(title, width), "dim"))
         half = max(1, min(_LONGEST_BAR // 2, (width - room - 11) // 2))
-        most = max((abs(each.projection) for each in found), default=0.0) or 1.0
-        for number, (each, name) in enumerate(zip(found, names, strict=True)):
-            if number == cut:
+        values = [each.projection if ends is None else each.cosine for each in found]
+        most = max(map(abs, values), default=0.0) or 1.0
+        for number, (value, name) in enumerate(zip(values, names, strict=True)):
+            if number == ends and len(found) == 2 * ends:
                 self.out.data(self.out.style("...".rjust(5), "dim"))
-            line = f"{each.projection:8.3f}  {self.out.style(padded(name, room), 'bold')}"
-            self.out.data(f"{line} {signed_bar(each.projection / most, half)}".rstrip())
+            line = f"{value:8.3f}  {self.out.style(padded(name, room), 'bold')}"
+            self.out.data(f"{line} {signed_bar(value / most, half)}".rstrip())

@@ -5,7 +5,6 @@ Shapes as in ``core/model.py``; N is texts or words. Vectors are float32 on the 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -103,8 +102,8 @@ def text_vectors(
             the last is normed, is that of ``hidden_states`` in transformers.
         normalize: scale every vector to length 1.
 
-    Raises LimitError for a text longer than the context, UsageError for a layer or an id that is not there, CorruptError
-    for weights whose vectors are not finite.
+    Raises LimitError for a text longer than the context, UsageError for a layer or an id that is not there,
+    CorruptError for weights whose vectors are not finite.
     """
     layer = resolve_layer(layer, model.config.layers)
     for number, ids in enumerate(texts, 1):
@@ -244,7 +243,7 @@ class Rows:
 
     def nearest(self, vector: Tensor, count: int, *, exclude: Collection[int] = ()) -> list[Near]:
         """The ``count`` tokens whose rows have the largest cosine with ``vector`` ``[C]``, best first."""
-        cosines = self._along(vector)[1]
+        cosines = self._cosines(vector)
         order = _order(cosines, exclude)[:count].tolist()
         return [Near(id_, cosines[id_].item()) for id_ in order]
 
@@ -260,21 +259,24 @@ class Rows:
         return found
 
     def ends(self, direction: Tensor, count: int, *, exclude: Collection[int] = ()) -> list[Along]:
-        """Of all tokens the ``count`` furthest along a direction and the ``count`` furthest against it; most first."""
-        order = _order(self._along(direction)[0], exclude).tolist()
+        """Of all tokens the ``count`` that point most along a direction and the ``count`` that point most against it, by
+        cosine, most first.
+
+        Not by projection: rows that training hardly touched (rare pieces, single bytes) are long, and all lean the same
+        way.
+        """
+        order = _order(self._cosines(direction), exclude).tolist()
         ids = order if len(order) <= 2 * count else order[:count] + order[len(order) - count :]
         return self.project(direction, ids)
 
-    def _along(self, direction: Tensor) -> tuple[Tensor, Tensor]:
-        """Each row's projection ``[V]`` and cosine ``[V]``; a row of zeros has cosine 0. A chunk of rows at a time."""
+    def _cosines(self, direction: Tensor) -> Tensor:
+        """Each row's cosine ``[V]`` with a direction; of a row of zeros 0. In float32, a chunk of rows at a time."""
         unit = (direction.double() / direction.double().norm()).float().to(self.weight.device)
-        projections, norms = [], []
+        found = []
         for start in range(0, len(self.weight), _ROWS):
             chunk = self.weight[start : start + _ROWS].float()
-            projections.append(chunk @ unit)
-            norms.append(chunk.norm(dim=-1))
-        along = torch.cat(projections).cpu()
-        return along, along / torch.cat(norms).cpu().clamp_min(torch.finfo(torch.float32).tiny)
+            found.append(chunk @ unit / chunk.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny))
+        return torch.cat(found).cpu()
 
 
 def _order(values: Tensor, exclude: Collection[int]) -> Tensor:
@@ -314,25 +316,3 @@ def principal_components(vectors: Sequence[Vector]) -> Components:
     points = centred @ (axes * torch.where(largest < 0, -1.0, 1.0)).T  # [N, 2]
     shares = (variance[:2] / variance.sum()).tolist()
     return Components(tuple((x, y) for x, y in points.tolist()), (shares[0], shares[1]))
-
-
-def analogy_ranks(table: Tensor, questions: Sequence[tuple[int, int, int, int]], *, excluded: bool = True) -> list[int]:
-    """For ``a : b :: c : d`` the rank of d (from 1) among all rows ``[V, C]`` by cosine with ``b - a + c``, each row at
-    length 1 first; a, b and c are left out unless ``excluded`` is False.
-
-    Source: Mikolov et al. 2013 (3CosAdd, as Levy and Goldberg 2014 call it).
-    """
-    unit = _unit(table.float())
-    ranks = []
-    for a, b, c, d in questions:
-        scores = unit @ (unit[b] - unit[a] + unit[c])
-        if excluded:
-            scores[[id_ for id_ in (a, b, c) if id_ != d]] = -math.inf
-        ranks.append(1 + int((scores > scores[d]).sum()))
-    return ranks
-
-
-def random_table(like: Tensor, seed: int) -> Tensor:
-    """Rows in random directions with the norms of a table's own ``[V, C]``: what is known of words by chance."""
-    generator = torch.Generator().manual_seed(seed)
-    return _unit(torch.randn(like.shape, generator=generator)) * like.float().cpu().norm(dim=-1, keepdim=True)

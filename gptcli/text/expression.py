@@ -79,14 +79,14 @@ class _Parser:
         while (sign := self._peek()) in ("+", "-"):
             place = self._step()
             more = self._product()
+            more = more if sign == "+" else self._scaled(more, -1.0, place)
             if isinstance(total, float) and isinstance(more, float):
-                total = total + more if sign == "+" else total - more
+                total += more
             elif isinstance(total, list) and isinstance(more, list):
-                total += more if sign == "+" else self._scaled(more, -1.0, place)
+                total = total + more
             else:
-                raise mistake(
-                    self.source, place, f"a number and a word have no {'sum' if sign == '+' else 'difference'}"
-                )
+                name = "sum" if sign == "+" else "difference"
+                raise mistake(self.source, place, f"a number and a word have no {name}")
         return total
 
     def _product(self) -> float | list[Term]:
@@ -110,10 +110,10 @@ class _Parser:
         return value
 
     def _factor(self) -> float | list[Term]:
-        """Signs, then a number, a word, a token id, or a sum in parentheses."""
+        """Minus signs, then a number, a word, a token id, or a sum in parentheses."""
         sign = 1.0
-        while (char := self._peek()) in ("+", "-"):
-            sign = -sign if char == "-" else sign
+        while (char := self._peek()) == "-":
+            sign = -sign
             self._step()
         value: float | list[Term]
         place = self.place
