@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -129,9 +130,11 @@ class Work:
         """A line a text: what it is, how long its vector is, and the first of its numbers."""
         width = shutil.get_terminal_size().columns
         room = max(10, min(40, width // 3))
+        found = zip(texts, self.vectors(texts), strict=True)
+        first = next(found)  # what is wrong is told before anything is shown
         title = fitted(f"{self.source()}: {self.model.config.width} numbers each", width)
         self.out.data(self.out.style(title, "dim"))
-        for text, vector in zip(texts, self.vectors(texts), strict=True):
+        for text, vector in chain([first], found):
             if vector.values.dim() == 2:
                 self.out.data(self.out.style(fitted(label(text), width), "bold"))
             for token in vector.tokens():

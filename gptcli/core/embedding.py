@@ -259,8 +259,8 @@ class Rows:
         return found
 
     def ends(self, direction: Tensor, count: int, *, exclude: Collection[int] = ()) -> list[Along]:
-        """Of all tokens the ``count`` that point most along a direction and the ``count`` that point most against it, by
-        cosine, most first.
+        """Of all tokens the ``count`` that point most along a direction and the ``count`` most against it, by cosine,
+        most first.
 
         Not by projection: rows that training hardly touched (rare pieces, single bytes) are long, and all lean the same
         way.

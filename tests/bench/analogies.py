@@ -4,7 +4,8 @@
 
 For each question the rank of d among all tokens by cosine, with a, b and c left out as is the custom, and with them in
 the running, which is harder: b - a + c often stays nearest to c or b. Rows are scaled to length 1 first (3CosAdd:
-Mikolov et al. 2013; the name is Levy and Goldberg's, 2014); "raw" is without that, as ``gptcli embed --expression`` adds.
+Mikolov et al. 2013; the name is Levy and Goldberg's, 2014); "raw" is without that, as ``embed --expression`` adds.
+"Nearest to c alone" forgets a and b: what the direction from a to b has no part in (Linzen 2016).
 Beside it the same list on random tables of the same shape, whose rows have the real ones' lengths: what chance gives.
 Questions with a word that is not one token of the model are left out and counted.
 """
@@ -52,10 +53,11 @@ def main() -> None:
         result[name] = found
         rows[f"{name} ({found['questions']})"] = shown(found)
     result["all, a b c in the running"] = score(ranks(table, every, excluded=False))
+    result["all, nearest to c alone"] = score(ranks(table, every, direction=0.0))
     result["all, raw"] = score(ranks(table, every, normalize=False))
     chance = [score(ranks(random_table(table, seed), every)) for seed in range(options.seeds)]
     result["random table"] = {key: statistics.mean(each[key] for each in chance) for key in chance[0]}
-    for name in ("all, a b c in the running", "all, raw", "random table"):
+    for name in ("all, a b c in the running", "all, nearest to c alone", "all, raw", "random table"):
         rows[name] = shown(result[name])
     rows["left out, not single tokens"] = str(missed)
     title = f"analogies on the {options.table} of {options.model.name}"
@@ -93,13 +95,15 @@ def questions(
     return found, missed
 
 
-def ranks(table: Tensor, asked: Sequence[Question], *, excluded: bool = True, normalize: bool = True) -> list[int]:
-    """The rank of d, from 1, among all rows ``[V, C]`` by cosine with ``b - a + c``."""
+def ranks(
+    table: Tensor, asked: Sequence[Question], *, excluded: bool = True, normalize: bool = True, direction: float = 1.0
+) -> list[int]:
+    """The rank of d, from 1, among all rows ``[V, C]`` by cosine with ``direction * (b - a) + c``."""
     unit = table.float() / table.float().norm(dim=-1, keepdim=True)
     summed = unit if normalize else table.float()
     found = []
     for a, b, c, d in asked:
-        scores = unit @ (summed[b] - summed[a] + summed[c])
+        scores = unit @ (direction * (summed[b] - summed[a]) + summed[c])
         if excluded:
             scores[[a, b, c]] = -math.inf
         found.append(1 + int((scores > scores[d]).sum()))
