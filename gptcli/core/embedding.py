@@ -18,8 +18,10 @@ from gptcli.errors import CorruptError, LimitError, UsageError
 Pool = Literal["last", "mean", "none"]
 Table = Literal["embedding", "unembedding"]
 
-# Padded tokens that go through the model together; with a tap each layer makes its pattern, [B, H, T, T] in float32.
+# Padded tokens that go through the model together; fewer with a tap, for which each layer makes its pattern,
+# [B, H, T, T] in float32.
 _AT_ONCE = 8192
+_AT_ONCE_TAPPED = 2048
 # Texts that are sorted by length and batched before the first of them is handed out.
 _WINDOW = 512
 # Rows of the table that are made float32 at a time.
@@ -109,10 +111,11 @@ def text_vectors(
     for number, ids in enumerate(texts, 1):
         _check(model, ids, number)
     start = model.tokenizer.start_id
+    most = _AT_ONCE if layer == model.config.layers else _AT_ONCE_TAPPED
     for first in range(0, len(texts), _WINDOW):
         window = texts[first : first + _WINDOW]
         done: dict[int, Tensor] = {}
-        for places in _batches([len(ids) for ids in window], _AT_ONCE):
+        for places in _batches([len(ids) for ids in window], most):
             streams = _streams(model, [window[place] for place in places], layer)
             for place, stream in zip(places, streams, strict=True):
                 skip = int(start is not None and window[place][0] == start and len(window[place]) > 1)

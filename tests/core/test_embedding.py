@@ -71,7 +71,8 @@ def test_a_batch_gives_what_each_text_alone_gives(
     kind: str, pool: Pool, layer: int, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model: Model = request.getfixturevalue(kind)
-    monkeypatch.setattr("gptcli.core.embedding._AT_ONCE", 70)  # several batches
+    for limit in ("_AT_ONCE", "_AT_ONCE_TAPPED"):
+        monkeypatch.setattr(f"gptcli.core.embedding.{limit}", 70)  # several batches
     monkeypatch.setattr("gptcli.core.embedding._WINDOW", 4)
     found = list(text_vectors(model, TEXTS, pool=pool, layer=layer))
     assert [list(vector.ids) for vector in found] == TEXTS
