@@ -60,6 +60,25 @@ def test_predict_fields(gptcli: Gptcli, tiny_folder: Path) -> None:
         assert set(value) <= set(re.findall(r"`([a-z_]+)`", row))
 
 
+def test_embed_fields(gptcli: Gptcli, tiny_folder: Path, tmp_path: Path) -> None:
+    common = ("embed", "--json", "-m", str(tiny_folder))
+    runs = [
+        ("a b", "c"),
+        (" the", "--nearest", "2"),
+        ("--expression", '" the" - "a"'),
+        ("--direction", '" the" - "a"', "b"),
+        ("a b", "c", "--similarity"),
+        ("a", "b", "c", "--plot", "--table", "embedding"),
+        ("a b", "--output", str(tmp_path / "out.npy")),
+    ]
+    found = [objects(gptcli(*common, *run).stdout)[0] for run in runs]
+    assert documented("embed") == {name for value in found for name in value}
+    assert set(found[0]) == {"model", "pool", "layer", "dimensions", "items", "device", "dtype"}
+    assert set(found[1]) == {"model", "table", "expression", "excluded", "nearest", "device", "dtype"}
+    inner = {name for value in found for key in ("items", "nearest", "words") for name in value.get(key, [{}])[0]}
+    assert inner == {"text", "tokens", "vector", "x", "y", "id", "cosine", "projection"}
+
+
 def test_tokenize_fields(gptcli: Gptcli, tiny_folder: Path) -> None:
     common = ("tokenize", "--json", "-m", str(tiny_folder))
     runs = [("a b",), ("a b", "--count"), ("a b", "--truncate", "1"), ("a b", "--split", "1"), ("65", "--decode")]
