@@ -24,8 +24,8 @@ from gptcli.spec.params import count_params, tensors
 if TYPE_CHECKING:
     from gptcli.cli.count_open import Counted
 
-# Faults that a terminal is shown, and those that fit into an error's line.
-_MOST_FAULTS = 40
+# Rows that a terminal is shown of a long list, and names that fit into an error's line.
+_MOST_ROWS = 40
 _MOST_NAMES = 4
 
 
@@ -63,7 +63,8 @@ def show_diff(a: Counted, b: Counted, by: str, format: str, out: Output) -> None
         sizes = tuple((name, _word(mine), _word(other)) for name, mine, other in config)
         parts.append(Table(_sides("", a, b), sizes))
     if by == "tensor":
-        parts.append(_tensors(different, a, b))
+        most = _MOST_ROWS if out.on_terminal and format == "table" else len(different)
+        parts.append(_tensors(different[:most], a, b, left_out=len(different) - most))
     parts.append(_changes([*(changes if by != "tensor" else ()), *totals], a, b))
     summary = _summary(different, a, b)
     if format == "markdown":
@@ -104,12 +105,17 @@ def _changes(changes: Iterable[Change], a: Counted, b: Counted) -> Table:
     return Table(_sides("", a, b, Column("difference", keep=2), Column("change", keep=1)), rows)
 
 
-def _tensors(changes: Iterable[TensorChange], a: Counted, b: Counted) -> Table:
+def _tensors(changes: Iterable[TensorChange], a: Counted, b: Counted, left_out: int) -> Table:
     rows = tuple(
         (c.name, _held(c.a, c.a_dtype), _held(c.b, c.b_dtype), _signed(c.change.difference), _percent(c.change))
         for c in changes
     )
-    return Table(_sides("", a, b, Column("difference", keep=2), Column("change", keep=1)), rows)
+    notes = (_more(left_out),) if left_out > 0 else ()
+    return Table(_sides("", a, b, Column("difference", keep=2), Column("change", keep=1)), rows, notes=notes)
+
+
+def _more(count: int) -> str:
+    return f"... and {count:,} more: all in a pipe, or with --json"
 
 
 def _held(shape: tuple[int, ...] | None, dtype: str | None) -> str:
@@ -225,9 +231,9 @@ def _check_json(counted: Counted, where: str, result: Comparison) -> dict[str, A
 
 def _show_faults(rows: Sequence[tuple[str, str, str, str]], format: str, out: Output) -> None:
     """Every fault; a terminal is shown the first ones."""
-    most = _MOST_FAULTS if out.on_terminal else len(rows)
+    most = _MOST_ROWS if out.on_terminal else len(rows)
     columns = (Column("fault", right=False), Column("name", right=False), Column("found"), Column("wanted"))
     table = Table(columns, tuple(rows[:most]))
     out.data("\n".join(as_markdown(table) if format == "markdown" else as_text(table, out)))
     if len(rows) > most:
-        out.data(f"... and {len(rows) - most:,} more: all in a pipe, or with --json")
+        out.data(_more(len(rows) - most))

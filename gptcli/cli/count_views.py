@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from gptcli.cli.out import Output, harmless
-from gptcli.cli.table import Column, Table, as_csv, as_markdown, as_text, bars_of, width_of, wrap
+from gptcli.cli.table import Column, Table, as_csv, as_markdown, as_text, bars_of, fits, width_of, wrap
+from gptcli.cli.units import scaled
 from gptcli.spec.params import Layer, ParamCount, Tensor, count_layers, tensors
 
 if TYPE_CHECKING:
@@ -144,8 +145,15 @@ def layers_json(report: ParamCount) -> list[dict[str, Any]]:
     ]
 
 
-def layer_table(report: ParamCount, most: int | None) -> tuple[Table, list[float]]:
-    """The table and the percentages of its rows. Of more than ``most`` blocks three stand for all."""
+def layer_table(report: ParamCount, most: int | None, *, exact: bool = True) -> tuple[Table, list[float]]:
+    """The table and the percentages of its rows. Of more than ``most`` blocks three stand for all.
+
+    Not ``exact``: what a row is made of is rounded, so that it fits a narrow terminal.
+    """
+
+    def part(count: int) -> str:
+        return "" if not count else f"{count:,}" if exact else scaled(count, "", 1)
+
     layers = count_layers(report.config)
     blocks = [layer for layer in layers if layer.layer is not None]
     shown: list[Layer | str] = list(layers)
@@ -163,13 +171,13 @@ def layer_table(report: ParamCount, most: int | None) -> tuple[Table, list[float
         share = 100 * layer.parameters / report.total
         parts = (layer.attention, layer.mlp, layer.norms, layer.biases)
         name = layer.name + (" (tied)" if layer.tied else "")
-        rows.append((name, *(f"{part:,}" if part else "" for part in parts), f"{layer.parameters:,}", f"{share:.2f} %"))
+        rows.append((name, *map(part, parts), f"{layer.parameters:,}", f"{share:.2f} %"))
         shares.append(share)
-    sums = [sum(getattr(layer, part) for layer in layers) for part in ("attention", "mlp", "norms", "biases")]
-    rows.append(("Total", *(f"{part:,}" if part else "" for part in sums), f"{report.total:,}", "100.00 %"))
+    sums = (sum(getattr(layer, name) for layer in layers) for name in ("attention", "mlp", "norms", "biases"))
+    rows.append(("Total", *map(part, sums), f"{report.total:,}", "100.00 %"))
     columns = (
-        *(Column("", right=False), Column("attention", keep=3), Column("MLP", keep=3)),
-        *(Column("norms", keep=2), Column("biases", keep=1), Column("parameters"), Column("share", keep=4)),
+        *(Column("", right=False), Column("attention", keep=4), Column("MLP", keep=5)),
+        *(Column("norms", keep=2), Column("biases", keep=3), Column("parameters"), Column("share", keep=1)),
     )
     return Table(columns, tuple(rows)), [*shares, 0.0]
 
@@ -270,7 +278,12 @@ def view_text(counted: Counted, report: ParamCount, by: str, out: Output) -> lis
     if by == "category":
         return category_text(report, out)
     most = max(12, shutil.get_terminal_size().lines - 8) if out.on_terminal else None
-    table, shares = layer_table(report, most) if by == "layer" else tensor_table(counted, report, most)
+    if by == "layer":
+        table, shares = layer_table(report, most)
+        if not fits(table, out):
+            table, shares = layer_table(report, most, exact=False)
+    else:
+        table, shares = tensor_table(counted, report, most)
     lines = as_text(table, out, shares=shares)
     lines[-1] = out.style(lines[-1], "bold")
     return lines

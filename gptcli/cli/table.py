@@ -33,6 +33,11 @@ def width_of(out: Output) -> int | None:
     return shutil.get_terminal_size().columns if out.on_terminal else None
 
 
+def fits(table: Table, out: Output) -> bool:
+    """Whether all columns are shown."""
+    return len(_kept(table, width_of(out))) == len(table.columns)
+
+
 def as_text(table: Table, out: Output, *, shares: Sequence[float] | None = None) -> list[str]:
     """Lines of a table with a heading. ``shares`` (percent, one a row) draws bars, on a terminal that has room."""
     width = width_of(out)

@@ -87,8 +87,7 @@ def _norm(config: ModelConfig, name: str, layer: int | None) -> Iterator[Tensor]
 
 def grouped(config: ModelConfig) -> Counter[Tensor]:
     """The tensors of a model and how often each is there: those of the first layer stand for all layers (all alike)."""
-    every = tensors(config)
-    return Counter({t: config.layers if t.layer == 0 else 1 for t in every if t.layer in (None, 0)})
+    return Counter({t: 1 if t.layer is None else config.layers for t in tensors(replace(config, layers=1))})
 
 
 @dataclass(frozen=True)
