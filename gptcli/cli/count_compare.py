@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gptcli.cli.out import Output, harmless
-from gptcli.cli.table import Column, Table, as_csv, as_markdown, as_text
+from gptcli.cli.table import Column, Table, as_csv, as_markdown, as_text, wrap
 from gptcli.errors import CheckError
 from gptcli.spec.diff import (
     Change,
@@ -72,7 +72,8 @@ def show_diff(a: Counted, b: Counted, by: str, format: str, out: Output) -> None
         return
     for part in parts:
         out.data("\n".join(as_text(part, out)) + "\n")
-    out.data(harmless(summary if by == "tensor" or not different else f"{summary}; --by tensor lists them"))
+    told = summary if by == "tensor" or not different else f"{summary}; --by tensor lists them"
+    out.data("\n".join(wrap(harmless(told), out)))
 
 
 def _dtypes(counted: Counted) -> dict[str, str]:
