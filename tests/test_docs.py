@@ -23,7 +23,7 @@ README = (ROOT / "README.md").read_text()
 
 def documented(section: str) -> set[str]:
     """The names in the first column of a section's table."""
-    part = REFERENCE.split(f"\n### {section}\n")[1].split("\n#")[0]
+    part = re.split(rf"\n###+ {re.escape(section)}\n", REFERENCE)[1].split("\n#")[0]
     rows = [line.split("|")[1] for line in part.splitlines() if line.startswith("| `")]
     return {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
 
@@ -86,10 +86,31 @@ def test_tokenize_fields(gptcli: Gptcli, tiny_folder: Path) -> None:
     assert documented("tokenize") == seen
 
 
-def test_count_params_fields(gptcli: Gptcli) -> None:
-    report = objects(gptcli("count-params", "gpt3", "--json").stdout)[0]
-    assert documented("count-params") == set(report)
-    assert (report["matrices"], report["matrix_parameters"]) == (27938, 175181291520)
+def names_in(value: object) -> set[str]:
+    """The names of the fields of an object, and of the objects in it."""
+    if isinstance(value, list):
+        return set().union(*map(names_in, value))
+    return set(value).union(*map(names_in, value.values())) if isinstance(value, dict) else set()
+
+
+def test_count_params_fields(gptcli: Gptcli, tiny_folder: Path) -> None:
+    common = ("count-params", "--json")
+    views = [(), ("--by", "layer"), ("--by", "tensor"), ("--memory", "--flops", "--gpus", "8x80GB")]
+    shown = [objects(gptcli(*common, "gpt3", *view).stdout)[0] for view in views]
+    assert (shown[0]["matrices"], shown[0]["matrix_parameters"]) == (27938, 175181291520)
+    assert documented("count-params") == {name for value in shown for name in value}
+    assert documented("count-params --flops") == names_in(shown[-1]["flops"])
+    told = set(re.findall(r"`([a-z_]+)`", REFERENCE))
+    assert {name for value in shown for key in value if key != "config" for name in names_in(value[key])} <= told
+
+
+def test_count_params_compares_fields(gptcli: Gptcli, tiny_folder: Path) -> None:
+    (two,) = objects(gptcli("count-params", "--diff", "gpt2", "gpt3", "--by", "layer", "--json").stdout)
+    assert documented("count-params --diff A B") == set(two)
+    (held,) = objects(gptcli("count-params", "gpt2", "--check", str(tiny_folder), "--json").stdout)
+    assert documented("count-params MODEL --check FILE") == set(held)
+    told = set(re.findall(r"`([a-z_]+)`", REFERENCE.split("\n#### count-params --diff A B\n")[1].split("\n### ")[0]))
+    assert names_in([two, held]) <= told
 
 
 def test_models_and_train_fields_are_named(gptcli: Gptcli, tiny_folder: Path, tmp_path: Path) -> None:

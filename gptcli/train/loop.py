@@ -18,7 +18,7 @@ from gptcli.core import runtime
 from gptcli.core.checkpoint import output_errors
 from gptcli.core.model import Transformer
 from gptcli.errors import DivergedError, UsageError
-from gptcli.spec.plan import flops_per_token
+from gptcli.spec.flops import flops_per_token
 from gptcli.train import fit, state
 from gptcli.train.data import IGNORED, Batch, Batches, Corpus
 from gptcli.train.evaluate import bits_per_byte
