@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from gptcli.core.model import Transformer
+from gptcli.core.score import target_nats
 from gptcli.spec.plan import LOGIT_CHUNK
 from gptcli.train.data import IGNORED
 
@@ -44,8 +45,9 @@ def cross_entropy(vectors: Tensor, unembedding: Tensor, targets: Tensor) -> Tens
         unembedding: ``[V, C]``.
         targets: ``[N]`` int64; ``IGNORED`` where nothing is to be learnt.
     """
-    if not torch.is_grad_enabled():  # parameters require gradients even then, and would get them
-        vectors, unembedding = vectors.detach(), unembedding.detach()
+    if not torch.is_grad_enabled():  # as ``gptcli score`` does it
+        wanted, matrix = targets != IGNORED, unembedding.to(vectors.dtype)
+        return target_nats(vectors[wanted], lambda part: part @ matrix.t(), len(matrix), targets[wanted]).sum()
     loss: Tensor = _ChunkedCrossEntropy.apply(vectors, unembedding, targets)  # type: ignore[no-untyped-call]
     return loss
 
