@@ -30,7 +30,7 @@ IGNORED = -100
 # Logits of one chunk, in elements: on a CPU they stay in its cache, on a GPU they keep every multiprocessor busy.
 _CHUNK = {"cpu": 1 << 21, "cuda": LOGIT_CHUNK}
 # Tokens of a batch, padding included: enough to keep a device busy.
-_BATCH_TOKENS = {"cpu": 1 << 12, "cuda": 1 << 15}
+_BATCH_TOKENS = {"cpu": 1 << 11, "cuda": 1 << 15}
 # Batches whose windows are sorted together: the more, the less padding, and the later the first results.
 _GROUP = 8
 
@@ -50,13 +50,17 @@ Stream = Iterable[Sequence[int] | Mark]
 class Window:
     """What goes through the model as one row: ``ids`` ``[T]``, and ``targets`` ``[T]``, the id that follows each.
 
-    Targets are IGNORED where an earlier window has scored them. ``last`` ends a document; T is 0 in a document that
-    has nothing to score.
+    Targets are IGNORED where an earlier window has scored them, or where nothing follows. ``last`` ends a document.
     """
 
     ids: Tensor
     targets: Tensor
     last: bool = False
+
+    @property
+    def has_targets(self) -> bool:
+        """Whether there is anything to compute."""
+        return bool((self.targets != IGNORED).any())
 
 
 @dataclass(frozen=True)
@@ -164,7 +168,7 @@ def score(
                     raise CorruptError(f"the logits of {model.name} are not finite", hint)
                 counts = (targets != IGNORED).sum(1).tolist()
                 known.update(zip(numbers, nats.split(counts), strict=True))
-            while given < len(group) and (given in known or not len(group[given].ids)):
+            while given < len(group) and (given in known or not group[given].has_targets):
                 window = group[given]
                 told, values = window.targets[window.targets != IGNORED], known.pop(given, torch.empty(0))
                 if fresh and start is None and len(window.ids):
@@ -185,7 +189,7 @@ def check_stride(stride: int, context: int) -> None:
 
 
 def windows(pieces: Iterable[tuple[Tensor, Tensor]], context: int, stride: int) -> Iterator[Window]:
-    """The windows of one document, the last of them marked; a document of less than two tokens has an empty one.
+    """The windows of one document, the last of them marked; of less than two tokens it has one without a target.
 
     ``pieces`` are its ids and, the same ids again, its targets (both ``[N]`` int64), IGNORED where they are not to be
     scored. The first id is only context.
@@ -206,7 +210,7 @@ def windows(pieces: Iterable[tuple[Tensor, Tensor]], context: int, stride: int) 
             yield ready
         ready = _window(ids, targets, scored)
     if ready is None:
-        yield Window(ids[:0], targets[:0], last=True)
+        yield Window(ids, torch.full_like(ids, IGNORED), last=True)
     else:
         yield Window(ready.ids, ready.targets, last=True)
 
@@ -268,7 +272,7 @@ def batches(group: Sequence[Window], room: int) -> Iterator[tuple[Sequence[int],
     Yields which windows they are, and their ids and targets, ``[B, T]``, padded on the right, which nobody sees. Long
     ones come first, and of the same length in their order. Windows with nothing to score are left out.
     """
-    wanted = [number for number, window in enumerate(group) if bool((window.targets != IGNORED).any())]
+    wanted = [number for number, window in enumerate(group) if window.has_targets]
     wanted.sort(key=lambda number: -len(group[number].ids))
     first = 0
     while first < len(wanted):
