@@ -106,6 +106,7 @@ def _follow(
 ) -> None:
     """Score what the reader reads, and show it as it comes."""
     from gptcli.core.score import Totals, score
+    from gptcli.train.log import undivided
 
     every, of_source, own = Totals(), Totals(), Totals()
     current = -1  # the source
@@ -125,13 +126,14 @@ def _follow(
     try:
         for scored in score(model, reader.stream(model.tokenizer), stride=stride, batch_tokens=batch_tokens):
             document = reader.documents[0]
-            go_to(document.source)
-            if not begun:
-                view.begin(document)
-                begun = True
-            view.tokens(document, scored)
-            own.bits += scored.total_bits
-            own.tokens += scored.tokens_scored
+            with undivided():  # or what is half written would be lost
+                go_to(document.source)
+                if not begun:
+                    view.begin(document)
+                    begun = True
+                view.tokens(document, scored)
+                own.bits += scored.total_bits
+                own.tokens += scored.tokens_scored
             done += len(scored.ids)
             progress(reader.bytes * done / max(1, reader.tokens))
             if scored.last:
