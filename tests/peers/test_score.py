@@ -49,7 +49,8 @@ def theirs(ids: list[int], start: int, context: int, stride: int) -> float:
 
 @pytest.mark.skipif(not TEXT.is_file(), reason=f"needs {TEXT.name} in ../shared/corpus")
 def test_perplexity_on_wikitext_is_that_of_transformers() -> None:
-    text = lzma.open(TEXT, "rt", encoding="utf-8").read()[:CHARACTERS]
+    with lzma.open(TEXT, "rt", encoding="utf-8") as stream:
+        text = stream.read(CHARACTERS)
     model = open_model(FOLDER, Tokenizer.from_folder(FOLDER), device="cpu", dtype="float32")
     ids = model.tokenizer.encode(text)
     assert ids == transformers.AutoTokenizer.from_pretrained(FOLDER)(text)["input_ids"]
