@@ -81,8 +81,14 @@ def score(
     reader = Reader(found, errors, special == "parse", lines=each_line)
     view = _view(out, loaded, step, lines=lines, each_line=each_line, above=above, total=total)
     view.names = [source.name for source in found]
-    with _progress(out, found, shown=total or not out.on_terminal) as progress:
-        _follow(reader, loaded, view, step, batch_tokens, progress)
+    job = _Job(reader, loaded, view)
+    try:
+        with _progress(out, found, shown=total or not out.on_terminal) as progress:
+            job.go(step, batch_tokens, progress)
+    except KeyboardInterrupt:
+        view.interrupted(job.of_source)
+        raise
+    view.close(reader.rest, job.every)
 
 
 def _view(
@@ -101,54 +107,55 @@ def _view(
     return show.ColoredText(out, model, stride) if out.colored() else show.TokenRows(out, model, stride)
 
 
-def _follow(
-    reader: Reader, model: Model, view: View, stride: int, batch_tokens: int | None, progress: Callable[[float], None]
-) -> None:
-    """Score what the reader reads, and show it as it comes."""
-    from gptcli.core.score import Totals, score
-    from gptcli.train.log import undivided
+class _Job:
+    """Scores what a reader reads, shows it as it comes, and adds it up: all, and the source that it is at."""
 
-    every, of_source, own = Totals(), Totals(), Totals()
-    current = -1  # the source
-    begun = False
-    done = 0  # tokens
+    def __init__(self, reader: Reader, model: Model, view: View) -> None:
+        from gptcli.core.score import Totals
 
-    def go_to(source: int) -> None:
-        """End the source before, and begin this one; those between hold no document."""
-        nonlocal current, of_source
-        while current < source:
-            if current >= 0:
-                view.source_end(current, of_source)
-            current, of_source = current + 1, Totals()
-            if current < len(view.names):
-                view.source(current)
+        self.reader, self.model, self.view = reader, model, view
+        self.every, self.of_source = Totals(), Totals()
+        self._source = -1
 
-    try:
+    def go(self, stride: int, batch_tokens: int | None, progress: Callable[[float], None]) -> None:
+        from gptcli.core.score import Totals, score
+        from gptcli.train.log import undivided
+
+        reader, model, view = self.reader, self.model, self.view
+        own = Totals()  # of the document
+        begun = False
+        done = 0  # tokens
         for scored in score(model, reader.stream(model.tokenizer), stride=stride, batch_tokens=batch_tokens):
             document = reader.documents[0]
             with undivided():  # or what is half written would be lost
-                go_to(document.source)
+                self._go_to(document.source)
                 if not begun:
                     view.begin(document)
                     begun = True
                 view.tokens(document, scored)
-                own.bits += scored.total_bits
-                own.tokens += scored.tokens_scored
-            done += len(scored.ids)
-            progress(reader.bytes * done / max(1, reader.tokens))
+                part = Totals(scored.total_bits, scored.tokens_scored)
+                if scored.last:
+                    part.bytes, part.documents = document.bytes, 1
+                for totals in (own, self.of_source, self.every):
+                    totals.add(part)
             if scored.last:
-                own.bytes, own.documents = document.bytes, 1
-                of_source.add(own)
-                every.add(own)
                 view.end(document, own)
                 reader.documents.popleft()
                 own, begun = Totals(), False
-        go_to(len(view.names))
-    except KeyboardInterrupt:
-        of_source.add(own)
-        view.interrupted(of_source)
-        raise
-    view.close(reader.rest, every)
+            done += len(scored.ids)
+            progress(reader.bytes * done / max(1, reader.tokens))
+        self._go_to(len(view.names))
+
+    def _go_to(self, source: int) -> None:
+        """End the source before, and begin this one; those between hold no document."""
+        from gptcli.core.score import Totals
+
+        while self._source < source:
+            if self._source >= 0:
+                self.view.source_end(self._source, self.of_source)
+            self._source, self.of_source = self._source + 1, Totals()
+            if self._source < len(self.view.names):
+                self.view.source(self._source)
 
 
 @contextmanager

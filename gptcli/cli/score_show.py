@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -130,29 +131,42 @@ class Lines(View):
 
 
 class TotalRows(View):
-    """A row a source, and one of all where there are several, as ``wc`` has them."""
+    """A row a source, and one of all where there are several, as ``wc`` has them; on a terminal under a heading."""
 
+    _WIDTHS = (13, 10, 12, 10, 11)
     _HEADS = ("bits", "bits/byte", "perplexity", "tokens", "bytes", "")
+
+    def __init__(self, out: Output, model: Model, stride: int) -> None:
+        super().__init__(out, model, stride)
+        self._held: list[Sequence[str]] = [self._HEADS] if out.on_terminal else []  # while the bar is there
 
     def source_end(self, number: int, totals: Totals) -> None:
         self._row(totals, self.names[number])
 
+    def interrupted(self, totals: Totals) -> None:
+        self._write()
+
     def close(self, rest: str, totals: Totals) -> None:
         if len(self.names) > 1:
             self._row(totals, "total")
+        self._write()
 
     def _row(self, totals: Totals, name: str) -> None:
         values = (_fixed(totals.bits), _fixed(totals.bits_per_byte, 4), _fixed(totals.perplexity))
-        cells = (*values, str(totals.tokens), str(totals.bytes), harmless(name))
+        self._held.append((*values, str(totals.tokens), str(totals.bytes), harmless(name)))
         if not self.out.on_terminal:
-            self.out.data("\t".join(cells))
-            return
-        for row in ([self._HEADS] if not self._headed else []) + [cells]:
-            line = "".join(f"{cell:>{width}}" for cell, width in zip(row, (13, 10, 12, 10, 11), strict=False))
-            self.out.data(self.out.style(line, "dim") if row is self._HEADS else f"{line}  {row[-1]}")
-        self._headed = True
+            self._write()
 
-    _headed = False
+    def _write(self) -> None:
+        for row in self._held:
+            if not self.out.on_terminal:
+                self.out.data("\t".join(row))
+                continue
+            line = "".join(f"{cell:>{width}}" for cell, width in zip(row, self._WIDTHS, strict=False))
+            room = max(8, shutil.get_terminal_size().columns - len(line) - 2)
+            name = row[-1] if len(row[-1]) <= room else f"…{row[-1][1 - room :]}"
+            self.out.data(self.out.style(line, "dim") if row is self._HEADS else f"{line}  {name}")
+        self._held = []
 
 
 class Json(View):
