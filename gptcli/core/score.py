@@ -28,7 +28,7 @@ from gptcli.spec.plan import LOGIT_CHUNK
 IGNORED = -100
 
 # Logits of one chunk, in elements: on a CPU they stay in its cache, on a GPU they keep every multiprocessor busy.
-_CHUNK = {"cpu": 1 << 21, "cuda": LOGIT_CHUNK}
+LOGIT_CHUNKS = {"cpu": 1 << 21, "cuda": LOGIT_CHUNK}
 # Tokens of a batch, padding included: enough to keep a device busy.
 _BATCH_TOKENS = {"cpu": 1 << 11, "cuda": 1 << 15}
 # Batches whose windows are sorted together: the more, the less padding, and the later the first results.
@@ -311,7 +311,7 @@ def target_nats(vectors: Tensor, unembedding: Callable[[Tensor], Tensor], vocab_
 
     The logits are made chunk by chunk, and their softmax is in float32, whatever they are in.
     """
-    size = max(1, _CHUNK.get(vectors.device.type, _CHUNK["cpu"]) // vocab_size)
+    size = max(1, LOGIT_CHUNKS.get(vectors.device.type, LOGIT_CHUNKS["cpu"]) // vocab_size)
     nats = torch.empty(len(vectors), dtype=torch.float32, device=vectors.device)
     for first in range(0, len(vectors), size):
         part = slice(first, first + size)

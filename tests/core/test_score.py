@@ -143,7 +143,7 @@ def test_logits_are_made_in_chunks(model: Model, monkeypatch: pytest.MonkeyPatch
     (whole,) = bits_of(score(model, stream(ids)))
     seen: list[int] = []
     real = type(model.transformer.unembedding).forward
-    monkeypatch.setattr(module, "_CHUNK", {"cpu": 3 * VOCAB})
+    monkeypatch.setitem(module.LOGIT_CHUNKS, "cpu", 3 * VOCAB)
     monkeypatch.setattr(
         type(model.transformer.unembedding),
         "forward",
