@@ -19,6 +19,7 @@ from gptcli.core.build import open_model
 from gptcli.core.score import score_slowly
 from gptcli.text.tokenizer import Tokenizer
 from tests.cli.conftest import Done, Run
+from tests.cli.test_reviewed import on_terminal
 from tests.cli.training import TEXT
 from tests.conftest import ROOT
 
@@ -197,6 +198,16 @@ def test_the_more_surprising_a_token_the_stronger_its_colour(run: Run) -> None:
     assert b"perplexity" in done.err
     assert b"48;5;88" in done.err  # the legend
     assert run("score", "--color", "always", "-q", "Once").err == b""
+
+
+def test_on_a_terminal_the_legend_and_the_totals_follow_the_text(tiny_folder: Path) -> None:
+    shown = on_terminal("score", "-m", tiny_folder, "Once\x1b[2J upon 🐉")
+    text, legend, totals = plain(shown).decode().splitlines()
+    assert text == "Once\\x1b[2J upon 🐉"
+    assert legend.split() == ["bits", "a", "token:", "less", "2", "4", "6", "8", "10", "12", "14", "16+"]
+    assert len(legend) < 80
+    assert re.fullmatch(r"[\d.]+ bits in \d+ tokens, 18 bytes: [\d.]+ bits a byte, perplexity [\d.,]+", totals)
+    assert b"\x1b" in shown
 
 
 def test_in_a_pipe_each_token_has_a_line(score: Run) -> None:
