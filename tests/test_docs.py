@@ -60,6 +60,14 @@ def test_predict_fields(gptcli: Gptcli, tiny_folder: Path) -> None:
         assert set(value) <= set(re.findall(r"`([a-z_]+)`", row))
 
 
+def test_score_fields(gptcli: Gptcli, tiny_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("a b")
+    common = ("score", "--json", "-m", str(tiny_folder), "-f", str(tmp_path / "a"), "c")
+    values = [value for more in ([], ["--lines"]) for value in objects(gptcli(*common, *more).stdout)]
+    assert documented("score") == {name for value in values for name in value}
+    assert set(values[0]["tokens"][0]) == {"id", "text", "bits"}  # type: ignore[index]
+
+
 def test_embed_fields(gptcli: Gptcli, tiny_folder: Path, tmp_path: Path) -> None:
     common = ("embed", "--json", "-m", str(tiny_folder))
     runs = [
