@@ -26,6 +26,7 @@ class Entry(NamedTuple):
 
 COMMANDS: dict[str, Entry] = {
     "generate": Entry("Continue a text, streaming.", "gptcli.cli.generate:generate"),
+    "trace": Entry("Follow one prediction through the model.", "gptcli.cli.trace:trace"),
     "tokenize": Entry("See, count, cut and split the tokens of a text.", "gptcli.cli.tokenize:tokenize"),
     "count-params": Entry("Report a model's parameters, matrix by matrix.", "gptcli.cli.count_params:count_params"),
     "train": Entry("Train a model on text, or fine-tune one.", "gptcli.cli.train:train"),

@@ -28,7 +28,7 @@ _TITLES = {
     "mlp": "MLP: down-projection",
     "block": "After the block",
     "norm": "Last vector",
-    "logits": "Unembedding: logits",
+    "logits": "Logits",
     "probabilities": "Softmax",
     "draw": "Draw",
 }
@@ -87,7 +87,9 @@ def strongest(stage: Stage) -> list[dict[str, Any]]:
 def looked_at(head: dict[str, Any], trace: Trace, most: int = 3) -> str:
     """Where a head looked from the last token: ``" cat" 33%, " sat" 21%``; what is under a hundredth left out."""
     top = [one for one in head["top"] if one["weight"] >= 0.01][:most] or head["top"][:1]
-    return ", ".join(f"{token(trace, one['id'])} {percent(one['weight'])}" for one in top)
+    last = len(trace.ids) - 1
+    names = ["itself" if one["position"] == last else token(trace, one["id"]) for one in top]
+    return ", ".join(f"{name} {percent(one['weight'])}" for name, one in zip(names, top, strict=True))
 
 
 def _last(trace: Trace) -> str:
@@ -115,18 +117,22 @@ def _positions(stage: Stage, trace: Trace) -> str:
 def _query(stage: Stage, trace: Trace) -> str:
     heads = stage.shape[1]
     each = f"each of {heads} heads" if heads > 1 else "the head"
-    return f"What {_last(trace)} is looking for: a query of {stage.shape[-1]} numbers in {each}."
+    return (
+        f"The question that {_last(trace)} asks the tokens before it, in {each}: a query of {stage.shape[-1]} numbers."
+    )
 
 
 def _key(stage: Stage, trace: Trace) -> str:
     shared = trace.model.config.heads // stage.shape[1]
     also = f" ({shared} heads share one)" if shared > 1 else ""
     turned = " Both are turned by their place in the text." if trace.model.config.position != "learned" else ""
-    return f"What each token has to offer: a key{also}. A key that points the query's way is a match.{turned}"
+    return (
+        f"What each token answers: a key{also}. The more a key points the query's way, the better it matches.{turned}"
+    )
 
 
 def _value(stage: Stage, trace: Trace) -> str:
-    return f"What each token hands over where it matches: a value of {stage.shape[-1]} numbers."
+    return f"What each token hands over as far as it matches: a value of {stage.shape[-1]} numbers."
 
 
 def _pattern(stage: Stage, trace: Trace) -> str:
@@ -134,12 +140,12 @@ def _pattern(stage: Stage, trace: Trace) -> str:
     first = heads[0]
     if len(trace.ids) == 1:
         return "There is no earlier token: each head looks at the token itself, 100%."
-    which = f"Head {first['head']}, the strongest of {len(heads)}, looks" if len(heads) > 1 else "It looks"
-    return f"Matches become shares of 100%. {which} from {_last(trace)} at {looked_at(first, trace)}."
+    which = f"Head {first['head']}, the strongest of {len(heads)}," if len(heads) > 1 else "The head"
+    return f"Softmax turns the matches into shares of 100%. {which} looks from {_last(trace)} at {looked_at(first, trace)}."
 
 
 def _attention(stage: Stage, trace: Trace) -> str:
-    return f"The values, by these shares, are added to the vector: {_added(stage)}."
+    return f"The values, each by its share, are added to the vector: {_added(stage)}."
 
 
 def _hidden(stage: Stage, trace: Trace) -> str:
@@ -157,7 +163,7 @@ def _mlp(stage: Stage, trace: Trace) -> str:
 
 def _added(stage: Stage) -> str:
     length, turned = number(stage.summary["norms"][-1]), degrees(stage.summary["turned_degrees"][-1])
-    return f"{length} long, it turns it by {turned}"
+    return f"{length} long, which turns it by {turned}"
 
 
 def _block(stage: Stage, trace: Trace) -> str:
