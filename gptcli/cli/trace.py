@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -137,13 +137,11 @@ class _Asked:
         """Whether the predictions after the first are told of."""
         return not self.part or self.html is not None or self.svg is not None
 
-    def kept(self, model: Model, tokens: int) -> Sequence[int]:
+    def kept(self, model: Model, tokens: int) -> Collection[int]:
         """The blocks whose attention is needed, as many of them as can be kept at once."""
-        if self.layer is not None and self.html is None:
-            return [self.layer]
-        if self.attention or self.html is not None or self.svg is not None:
-            return range(_layers_at_once(model, tokens))
-        return []
+        all_ = self.html is not None or self.svg is not None or (self.attention and self.layer is None)
+        wanted = set(range(_layers_at_once(model, tokens))) if all_ else set()
+        return wanted if self.layer is None else wanted | {self.layer}
 
     def write(self, made: Sequence[Trace], prompt: str) -> list[Path]:
         """The page and the picture; returns the files."""
@@ -167,7 +165,7 @@ class _Work:
     seed: int
     top: int
 
-    def predictions(self, count: int, kept: Sequence[int]) -> list[Trace]:
+    def predictions(self, count: int, kept: Collection[int]) -> list[Trace]:
         """One prediction, and after it those of the text that it makes, up to ``count``, the end of text or the
         context.
         """
@@ -193,7 +191,7 @@ class _Work:
         mean: list[list[float]] = (total / layers).tolist()
         return mean
 
-    def _trace(self, ids: Sequence[int], kept: Sequence[int] = ()) -> Trace:
+    def _trace(self, ids: Sequence[int], kept: Collection[int] = ()) -> Trace:
         from gptcli.core.trace import trace as run
 
         return run(self.model, ids, temperature=self.temperature, seed=self.seed, top=self.top, patterns=kept)

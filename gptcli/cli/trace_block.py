@@ -20,6 +20,13 @@ _BAR = 40
 def block(sheet: Sheet, trace: Trace, layer: int, head: int | None) -> None:
     """The stages of a block, or of one of its heads."""
     stages = {stage.kind: stage for stage in trace.stages if stage.layer == layer}
+    sheet.card()
+    sheet.say(
+        f"The last token, {token(trace, trace.ids[-1])}, on its way through one of the blocks 0 to "
+        f"{trace.model.config.layers - 1}. Attention and MLP each read the vectors scaled by a norm; what they make is "
+        "added to the vectors as they were.",
+        f"Block {layer}",
+    )
     for kind in ("query", "key", "value"):
         _say(sheet, stages[kind], trace)
         _lengths(sheet, stages[kind], trace, head)

@@ -81,9 +81,9 @@ def _columns(names: Sequence[str], room: int | None) -> tuple[_Columns, int]:
         return numbered, 0
     tenths = _Columns(
         2,
-        "In tenths (3: 30% and more); each fifth column has its number.",
+        "In tenths (2: from 20%; +: from 3%); each fifth column has its number.",
         lambda place: "",
-        lambda weight: str(min(9, int(weight * 10 + 1e-9)) or "."),
+        lambda weight: str(min(9, int(weight * 10 + 1e-9)) or ("+" if weight >= 0.03 else ".")),
     )
     first = 0 if count * 2 <= room else count - (room - _BEFORE) // 2
     fifths = replace(

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from gptcli.core.trace import Guess, Stage, Trace
 
 _BLOCKS = 6  # that are shown; of more, those that turn the last vector most
-_ADDED, _TURNED = 8, 7  # cells of the two columns at the right of the blocks
+_ADDED, _TURNED = 7, 7  # cells of the two columns at the right of the blocks
 _IN_PIPE = 56  # cells before them where there is no width
 _NAME, _LONGEST_NAME = 10, 20  # cells of a token beside a bar
 _WIDEST_BAR = 60
@@ -78,7 +78,8 @@ def show_bars(sheet: Sheet, trace: Trace) -> None:
 
 
 def _say(sheet: Sheet, stage: Stage, trace: Trace) -> None:
-    sheet.card()
+    if stage.kind != "tokens":  # they come along with the heading
+        sheet.card()
     sheet.say(words(stage, trace), title(stage.kind), sizes=sizes(stage))
 
 
@@ -113,14 +114,12 @@ def _show_blocks(sheet: Sheet, trace: Trace) -> None:
     turns = [trace.stage(f"blocks.{layer}").summary["turned_degrees"][-1] for layer in range(layers)]
     shown = sorted(sorted(range(layers), key=lambda layer: -turns[layer])[:_BLOCKS])
     last, heads = token(trace, trace.ids[-1]), trace.model.config.heads
-    strong = f" (the strongest of {heads} heads is shown)" if heads > 1 else ""
-    each = f"In each of {layers} blocks" if layers > 1 else "In its one block"
+    strong = f"the strongest of {heads} heads is shown" if heads > 1 else "its head is shown"
     sheet.card()
     sheet.say(
-        f"{each} attention adds to the vector of {last} what it finds at earlier tokens{strong}, "
-        "then the MLP adds what its active neurons stand for. At the right: the length added, and the turn. "
-        '"Would say": what the model would predict if it ended there.',
-        "Blocks",
+        f"{'In each a' if layers > 1 else 'A'}ttention adds to {last} what it finds at earlier tokens ({strong}), "
+        "and the MLP what its active neurons stand for. →: what the model would say if it ended there.",
+        f"{layers} block{'s' * (layers > 1)}",
     )
     if len(shown) < layers:
         rest = [turn for layer, turn in enumerate(turns) if layer not in shown]
@@ -137,7 +136,7 @@ def _show_blocks(sheet: Sheet, trace: Trace) -> None:
         of = {kind: trace.stage(f"blocks.{layer}.{kind}") for kind in ("pattern", "attention", "hidden", "mlp")}
         guess = guesses[layer + 1]
         active = round(of["hidden"].summary["active"] * of["hidden"].shape[-1])
-        told = f"{active:,} of {of['hidden'].shape[-1]:,} neurons active; would say "
+        told = f"{active:,} of {of['hidden'].shape[-1]:,} neurons active → "
         said = f"{cut_token(token(trace, guess.id), max(4, room - len(told) - 5))} {percent(guess.probability)}"
         sheet.line(_row(_looks(of["pattern"], trace, room), of["attention"], room), f"Block {layer}")
         sheet.line(_row(told + said, of["mlp"], room))

@@ -32,6 +32,7 @@ _TITLES = {
     "probabilities": "Softmax",
     "draw": "Draw",
 }
+_MUCH = 0.05  # of a head's look
 _LONGEST = 20  # characters of a token that are shown in a sentence
 
 
@@ -85,7 +86,13 @@ def strongest(stage: Stage) -> list[dict[str, Any]]:
 
 
 def looked_at(head: dict[str, Any], trace: Trace, most: int = 3) -> str:
-    """Where a head looked from the last token: ``" cat" 33%, " sat" 21%``; what is under a hundredth left out."""
+    """Where a head looked from the last token: ``" cat" 33%, " sat" 21%``; what is under a hundredth left out.
+
+    Of a head whose look is spread so that no token gets much, that is said, and the first one.
+    """
+    if head["top"][0]["weight"] < _MUCH:
+        first = head["top"][0]
+        return f"many a little, most at {token(trace, first['id'])} {percent(first['weight'])}"
     top = [one for one in head["top"] if one["weight"] >= 0.01][:most] or head["top"][:1]
     last = len(trace.ids) - 1
     names = ["itself" if one["position"] == last else token(trace, one["id"]) for one in top]
@@ -99,7 +106,7 @@ def _last(trace: Trace) -> str:
 def _tokens(stage: Stage, trace: Trace) -> str:
     count = len(trace.ids)
     cut = f"cut into {count:,} tokens" if count > 1 else "one token"
-    return f"The text is {cut}, out of the {trace.model.config.vocab_size:,} that the model knows by number."
+    return f"The text is {cut}; the model knows {trace.model.config.vocab_size:,}."
 
 
 def _embedding(stage: Stage, trace: Trace) -> str:
@@ -117,18 +124,15 @@ def _positions(stage: Stage, trace: Trace) -> str:
 def _query(stage: Stage, trace: Trace) -> str:
     heads = stage.shape[1]
     each = f"each of {heads} heads" if heads > 1 else "the head"
-    return (
-        f"The question that {_last(trace)} asks the tokens before it, in {each}: a query of {stage.shape[-1]} numbers."
-    )
+    size = f"a query of {stage.shape[-1]} numbers"
+    return f"The question that {_last(trace)} asks the tokens before it, in {each}: {size}."
 
 
 def _key(stage: Stage, trace: Trace) -> str:
     shared = trace.model.config.heads // stage.shape[1]
     also = f" ({shared} heads share one)" if shared > 1 else ""
     turned = " Both are turned by their place in the text." if trace.model.config.position != "learned" else ""
-    return (
-        f"What each token answers: a key{also}. The more a key points the query's way, the better it matches.{turned}"
-    )
+    return f"What each token answers: a key{also}. The more it points the query's way, the better it matches.{turned}"
 
 
 def _value(stage: Stage, trace: Trace) -> str:
@@ -136,12 +140,12 @@ def _value(stage: Stage, trace: Trace) -> str:
 
 
 def _pattern(stage: Stage, trace: Trace) -> str:
-    heads = strongest(stage)
-    first = heads[0]
     if len(trace.ids) == 1:
         return "There is no earlier token: each head looks at the token itself, 100%."
-    which = f"Head {first['head']}, the strongest of {len(heads)}," if len(heads) > 1 else "The head"
-    return f"Softmax turns the matches into shares of 100%. {which} looks from {_last(trace)} at {looked_at(first, trace)}."
+    first, *others = strongest(stage)
+    which = f"Head {first['head']}, the strongest of {len(others) + 1}," if others else "The head"
+    looks = f"looks from {_last(trace)} at {looked_at(first, trace)}"
+    return f"Softmax turns the matches into shares of 100%. {which} {looks}."
 
 
 def _attention(stage: Stage, trace: Trace) -> str:
@@ -180,7 +184,7 @@ def _norm(stage: Stage, trace: Trace) -> str:
 def _logits(stage: Stage, trace: Trace) -> str:
     best = stage.summary["top"][0]
     return (
-        f"The last vector against each row of the unembedding matrix: a score for each of {stage.shape[-1]:,} tokens, "
+        f"The last vector times the unembedding matrix: a score for each of {stage.shape[-1]:,} tokens, "
         f"from {number(stage.summary['min'])} to {number(best['logit'])} for {token(trace, best['id'])}."
     )
 
