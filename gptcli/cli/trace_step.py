@@ -26,27 +26,30 @@ def check(out: Output) -> None:
 
 def walk(out: Output, cards: Sequence[Sequence[str]]) -> None:
     """Show the cards, waiting for a key between them; Ctrl-C ends the command as ever."""
-    erase = os.environ.get("TERM", "") not in ("", "dumb")
     with _keyboard() as keyboard:
-        for number, card in enumerate(cards):
+        for number, card in enumerate(cards, 1):
             for line in card:
                 out.data(line)
-            if number + 1 == len(cards):
+            if number < len(cards) and _key(out, keyboard, f"{_ASK} ({number}/{len(cards)})") in _ENDS:
                 return
-            asked = out.style(f"{_ASK} ({number + 1}/{len(cards)})", "dim")
-            out.data(asked, end="")
+
+
+def _key(out: Output, keyboard: int, question: str) -> bytes:
+    """Ask for a key and wait for it; the question is taken away again where the terminal can do that."""
+    out.stdout.flush()
+    with _key_by_key(keyboard):
+        try:
+            out.data(out.style(question, "dim"), end="")
             out.stdout.flush()
-            try:
-                key = read_key(keyboard)
-            finally:
-                out.data("\r\x1b[K" if erase else "\n", end="")
-                out.stdout.flush()
-            if key in _ENDS:
-                return
+            return os.read(keyboard, 64)  # an arrow key is several bytes
+        finally:
+            out.data("\n" if os.environ.get("TERM", "dumb") == "dumb" else "\r\x1b[K", end="")
+            out.stdout.flush()
 
 
-def read_key(keyboard: int) -> bytes:
-    """Wait for a key without its being echoed or needing Enter; the terminal is as before whatever ends the wait."""
+@contextlib.contextmanager
+def _key_by_key(keyboard: int) -> Iterator[None]:
+    """Keys come at once and are not echoed; the terminal is as before whatever ends the block."""
     import termios
     import tty
 
@@ -54,7 +57,7 @@ def read_key(keyboard: int) -> bytes:
     with _raised_on_termination():
         try:
             tty.setcbreak(keyboard, termios.TCSADRAIN)  # Ctrl-C and Ctrl-Z keep their meaning
-            return os.read(keyboard, 64)  # an arrow key is several bytes
+            yield
         finally:
             termios.tcsetattr(keyboard, termios.TCSADRAIN, before)
 

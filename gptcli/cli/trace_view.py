@@ -168,6 +168,8 @@ def _show_later(sheet: Sheet, trace: Trace, later: Sequence[Trace]) -> None:
         text = cut(text, sheet.room - 10)
         before = _end_of(before, sheet.room - cells(text))
     sheet.line([Span(before), sheet.bold(text)], "So far")
+    if ended:
+        sheet.say(f"{token(trace, drawn[-1])} ends the text.")
 
 
 def _short(made: Trace, room: int | None) -> str:
