@@ -34,7 +34,7 @@ from tests.conftest import ROOT, Gptcli
 
 FABLE = ROOT / "weights" / "fable"
 PROMPT = "The cat sat on the"
-LONG = " ".join(["The old king had three sons, and the youngest was called the fool."] * 12)
+LONG = " ".join(["The old king had three sons, and the youngest was called the fool."] * 7)
 VIEWS: list[tuple[str, ...]] = [
     (),
     ("-t", "0"),
