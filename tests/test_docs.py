@@ -87,6 +87,24 @@ def test_embed_fields(gptcli: Gptcli, tiny_folder: Path, tmp_path: Path) -> None
     assert inner == {"text", "tokens", "vector", "x", "y", "id", "cosine", "projection"}
 
 
+def test_trace_fields(gptcli: Gptcli, tiny_folder: Path) -> None:
+    done = gptcli("trace", "a b", "-m", str(tiny_folder), "--json", "--lens", "--attention", "-n", "2")
+    (told,) = objects(done.stdout)
+    assert documented("trace") == set(told)
+    part = REFERENCE.split("\n### trace\n")[1].split("\n### ")[0]
+    rows = {name: row for row in part.splitlines() for name in re.findall(r"^\| `([a-z_]+)`", row)}
+    inner: dict[str, object] = {"stages": told["stages"], "lens": told["lens"], "then": told["then"]}  # lists
+    for name, value in [*((name, told[name]) for name in ("next", "drawn", "attention")), *inner.items()]:
+        first = value[0] if isinstance(value, list) else value
+        assert isinstance(first, dict)
+        assert set(first) <= set(re.findall(r"`([a-z_]+)`", rows[name])), name
+    stages = told["stages"]
+    assert isinstance(stages, list)
+    kinds = {re.sub(r"^blocks\.\d+", "blocks.N", stage["name"]) for stage in stages}
+    for kind in kinds:
+        assert f"`{kind}`" in part or f"`.{kind.rpartition('.')[2]}`" in part, kind
+
+
 def test_tokenize_fields(gptcli: Gptcli, tiny_folder: Path) -> None:
     common = ("tokenize", "--json", "-m", str(tiny_folder))
     runs = [("a b",), ("a b", "--count"), ("a b", "--truncate", "1"), ("a b", "--split", "1"), ("65", "--decode")]
