@@ -117,7 +117,7 @@ def lens(sheet: Sheet, trace: Trace) -> None:
     rows = ["embedding", *(f"block {layer}" for layer in range(config.layers))]
     label = max(map(cells, rows)) + 2
     names = [token(trace, id_) for id_ in trace.ids]
-    least = _LEAST_GUESS if sheet.colored else _LEAST_GUESS + 4
+    least = _LEAST_GUESS if sheet.colored else _LEAST_GUESS + 3  # without colour the percentage has to be there
     first = 0 if sheet.width is None else max(0, len(names) - max(1, (sheet.width - label) // least))
     guesses = replace(trace, streams=[stream[first:] for stream in trace.streams]).lens()
     names = names[first:]
@@ -138,7 +138,7 @@ def lens(sheet: Sheet, trace: Trace) -> None:
     for name, row in zip(rows, guesses, strict=True):
         spans = [Span(pad(name, label))]
         for one in row:
-            spans += [sheet.heat(pad(_guess(trace, one, width - 1), width - 1), one.probability), Span(" ")]
+            spans += [sheet.heat(pad(_guess(trace, one, width - 1, least), width - 1), one.probability), Span(" ")]
         sheet.line(spans, indent=0)
     final = guesses[-1][-1]
     at = "" if trace.next.temperature == 1 else " (at temperature 1)"
@@ -148,9 +148,9 @@ def lens(sheet: Sheet, trace: Trace) -> None:
     )
 
 
-def _guess(trace: Trace, guess: Guess, room: int) -> str:
+def _guess(trace: Trace, guess: Guess, room: int, least: int) -> str:
     share, name = percent(guess.probability), token(trace, guess.id)
-    if cells(name) + 1 + len(share) <= room or room >= _LEAST_GUESS + 3:
+    if cells(name) + 1 + len(share) <= room or least > _LEAST_GUESS or room >= _LEAST_GUESS + 3:
         return f"{cut_token(name, room - len(share) - 1)} {share}"
     return cut_token(name, room)
 

@@ -86,7 +86,8 @@ class Sheet:
             spans[-1] = Span(spans[-1].text.rstrip())
         if self.width is not None and sum(cells(span.text) for span in spans) > self.width:
             spans = self._cut(spans, self.width)
-        return "".join(span.paint(span.text) if span.text else "" for span in spans)
+        line = "".join(span.paint(span.text) if span.text else "" for span in spans)
+        return line if self.colored else line.rstrip()
 
     @staticmethod
     def _cut(spans: Sequence[Span], width: int) -> list[Span]:

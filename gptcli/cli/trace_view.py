@@ -117,7 +117,7 @@ def _show_blocks(sheet: Sheet, trace: Trace) -> None:
     strong = f"the strongest of {heads} heads is shown" if heads > 1 else "its head is shown"
     sheet.card()
     sheet.say(
-        f"{'In each a' if layers > 1 else 'A'}ttention adds to {last} what it finds at earlier tokens ({strong}), "
+        f"{'In each, a' if layers > 1 else 'A'}ttention adds to {last} what it finds at earlier tokens ({strong}), "
         "and the MLP what its active neurons stand for. →: what the model would say if it ended there.",
         f"{layers} block{'s' * (layers > 1)}",
     )
