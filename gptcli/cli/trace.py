@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gptcli.cli import options
+from gptcli.cli.distribution import as_json
 from gptcli.cli.input import ERRORS, one_text, sources
 from gptcli.cli.out import Output
 from gptcli.errors import UsageError
 
 if TYPE_CHECKING:
     from gptcli.core.build import Model
-    from gptcli.core.predict import Distribution
     from gptcli.core.trace import Drawn, Trace
 
 # Numbers of attention that are kept at once, four bytes each: more are computed in several passes.
@@ -257,10 +257,10 @@ def _as_json(work: _Work, asked: _Asked, made: Sequence[Trace], prompt: str) -> 
             }
             for stage in first.stages
         ],
-        "next": {"model": model.name, "prompt": prompt, "tokens": first.ids} | _distribution(model, first.next),
+        "next": {"model": model.name, "prompt": prompt, "tokens": first.ids} | as_json(first.next, model.tokenizer),
         "drawn": _drawn(model, first.drawn),
         "then": [
-            {"tokens": one.ids, "drawn": _drawn(model, one.drawn), "next": _distribution(model, one.next)}
+            {"tokens": one.ids, "drawn": _drawn(model, one.drawn), "next": as_json(one.next, model.tokenizer)}
             for one in made[1:]
         ],
         "seed": work.seed,
@@ -273,14 +273,6 @@ def _as_json(work: _Work, asked: _Asked, made: Sequence[Trace], prompt: str) -> 
         weights = work.attention(first, asked.layer, asked.head)
         value["attention"] = {"layer": asked.layer, "head": asked.head, "weights": weights}
     return value
-
-
-def _distribution(model: Model, found: Distribution) -> dict[str, Any]:
-    top = [
-        {"id": one.id, "text": _text(model, one.id), "logit": one.logit, "probability": one.probability}
-        for one in found.top
-    ]
-    return {"temperature": found.temperature, "entropy_bits": found.entropy_bits, "top": top}
 
 
 def _drawn(model: Model, drawn: Drawn) -> dict[str, Any]:
