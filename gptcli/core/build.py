@@ -37,6 +37,11 @@ class Model:
     def dtype_name(self) -> str:
         return runtime.DTYPE_NAMES[self.dtype]
 
+    @property
+    def used(self) -> dict[str, str]:
+        """What computes it, as every report names it."""
+        return {"device": str(self.device), "dtype": self.dtype_name, "quantize": self.quantize}
+
 
 def open_model(
     folder: Path,
