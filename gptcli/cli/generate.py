@@ -80,6 +80,7 @@ def generate(
     seed: options.Seed = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
+    quantize: options.Quantize = "none",
     threads: options.Threads = None,
     offline: options.Offline = False,
 ) -> None:
@@ -90,6 +91,7 @@ def generate(
     out: Output = ctx.obj
     options.choice("--errors", errors, ERRORS)
     options.choice("--special", special, ("text", "parse"))
+    options.choice("--quantize", quantize, options.QUANTIZE)
     if truncate_prompt is not None:
         options.choice("--truncate-prompt", truncate_prompt, ("left",))
     for name, value, least in (("--max-tokens", max_tokens, -1), ("--num-samples", num_samples, 1)):
@@ -112,7 +114,7 @@ def generate(
 
     from gptcli.cli.opening import open_for_inference
 
-    loaded = open_for_inference(model, out, device=device, dtype=dtype, threads=threads)
+    loaded = open_for_inference(model, out, device=device, dtype=dtype, quantize=quantize, threads=threads)
     from gptcli.core import runtime
     from gptcli.core.generate import Timing
 
@@ -246,8 +248,7 @@ def _as_json(job: _Job, run: _Run, timing: Timing, index: int | None) -> dict[st
         "tokens": run.tokens,
         "finish_reason": run.finish,
         "seed": run.seed,
-        "device": str(model.device),
-        "dtype": model.dtype_name,
+        **model.used,
         "usage": {"prompt_tokens": len(run.prompt.ids), "completion_tokens": len(run.tokens)},
         "timing": {
             "load_seconds": model.load_seconds,
@@ -303,8 +304,9 @@ def _tell_finish(out: Output, run: _Run) -> None:
 def _tell_stats(out: Output, job: _Job, runs: list[_Run]) -> None:
     timing = job.timing
     prompt, made = sum(len(run.prompt.ids) for run in runs), sum(len(run.tokens) for run in runs)
+    used = ", ".join(word for word in job.model.used.values() if word != "none")
     out.stats(
-        f"{job.model.name} ({job.model.device}, {job.model.dtype_name}): load {job.model.load_seconds:.3f} s, "
+        f"{job.model.name} ({used}): load {job.model.load_seconds:.3f} s, "
         f"prompt {prompt:,} tokens in {timing.prefill_seconds:.3f} s, "
         f"text {made:,} tokens in {timing.decode_seconds:.3f} s, {timing.tokens_per_second:,.1f} tokens/s"
     )

@@ -45,7 +45,13 @@ def _speaks_gpt2(folder: Path) -> bool:
 
 
 def open_for_inference(
-    name: str | None, out: Output, *, device: str = "auto", dtype: str = "auto", threads: int | None = None
+    name: str | None,
+    out: Output,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    quantize: str = "none",
+    threads: int | None = None,
 ) -> Model:
     """Find and load a model; the tokenizer loads while torch is imported."""
     from concurrent.futures import ThreadPoolExecutor
@@ -57,6 +63,8 @@ def open_for_inference(
         from gptcli.core.build import open_model
 
         runtime.set_threads(threads)
-        model = open_model(found.folder, tokenizer.result(), name=found.name, device=device, dtype=dtype)
-    out.detail(f"{model.name} from {found.folder} on {model.device} in {model.dtype_name}")
+        asked = {"device": device, "dtype": dtype, "quantize": quantize}
+        model = open_model(found.folder, tokenizer.result(), name=found.name, **asked)
+    bits = "" if model.quantize == "none" else f", its matrices in {model.quantize}"
+    out.detail(f"{model.name} from {found.folder} on {model.device} in {model.dtype_name}{bits}")
     return model

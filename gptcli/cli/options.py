@@ -35,11 +35,18 @@ Special = Annotated[
 ]
 Device = Annotated[str, typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda, cuda:N or mps.")]
 Dtype = Annotated[str, typer.Option("--dtype", metavar="DTYPE", help="auto, float32, bfloat16 or float16.")]
+Quantize = Annotated[
+    str,
+    typer.Option("--quantize", metavar="none|int8|int4", help="Keep the matrices in fewer bits: faster, less exact."),
+]
 Seed = Annotated[
     int | None, typer.Option("--seed", metavar="N", help="Same seed, same text; drawn and told if not set.")
 ]
 Threads = Annotated[int | None, typer.Option("--threads", metavar="N", min=1, help="CPU threads to use.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Never use the network.")]
+
+
+QUANTIZE = ("none", "int8", "int4")
 
 
 def common(

@@ -53,6 +53,7 @@ def predict(
     special: options.Special = "text",
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
+    quantize: options.Quantize = "none",
     threads: options.Threads = None,
     offline: options.Offline = False,
 ) -> None:
@@ -64,6 +65,7 @@ def predict(
     out: Output = ctx.obj
     options.choice("--errors", errors, ERRORS)
     options.choice("--special", special, ("text", "parse"))
+    options.choice("--quantize", quantize, options.QUANTIZE)
     if truncate_prompt is not None:
         options.choice("--truncate-prompt", truncate_prompt, ("left",))
     if top < 1:
@@ -81,7 +83,7 @@ def predict(
 
     from gptcli.cli.opening import open_for_inference
 
-    loaded = open_for_inference(model, out, device=device, dtype=dtype, threads=threads)
+    loaded = open_for_inference(model, out, device=device, dtype=dtype, quantize=quantize, threads=threads)
     work = _Work(out, loaded, asked, top, temperatures, special == "parse", truncate_prompt is not None)
     texts = chain([first], texts)
     while group := list(islice(texts, _LINES_AT_ONCE)):
@@ -268,7 +270,7 @@ class _Work:
     def _record(self, prompt: _Prompt, answer: dict[str, Any]) -> None:
         index = {"index": prompt.number - 1} if self.asked.lines else {}
         of_prompt = {"model": self.model.name, "prompt": prompt.text, "tokens": prompt.ids}
-        self.out.record(index | of_prompt | answer | {"device": str(self.model.device), "dtype": self.model.dtype_name})
+        self.out.record(index | of_prompt | answer | self.model.used)
 
     def _choice(self, text: str, scored: Continuation, chance: float) -> dict[str, Any]:
         return {

@@ -13,6 +13,7 @@ from torch import nn
 from gptcli.core import runtime
 from gptcli.core.checkpoint import load_weights
 from gptcli.core.model import Transformer
+from gptcli.core.quantize import check_quantize, quantize_
 from gptcli.errors import UnsupportedError
 from gptcli.spec.config import ModelConfig, read_config
 from gptcli.spec.match import match_folder, stored_dtype
@@ -30,14 +31,26 @@ class Model:
     device: torch.device
     dtype: torch.dtype
     load_seconds: float = 0.0
+    quantize: str = "none"
 
     @property
     def dtype_name(self) -> str:
         return runtime.DTYPE_NAMES[self.dtype]
 
+    @property
+    def used(self) -> dict[str, str]:
+        """What computes it, as every report names it."""
+        return {"device": str(self.device), "dtype": self.dtype_name, "quantize": self.quantize}
+
 
 def open_model(
-    folder: Path, tokenizer: Tokenizer, *, name: str = "", device: str = "auto", dtype: str = "auto"
+    folder: Path,
+    tokenizer: Tokenizer,
+    *,
+    name: str = "",
+    device: str = "auto",
+    dtype: str = "auto",
+    quantize: str = "none",
 ) -> Model:
     """Load a model folder for inference.
 
@@ -46,20 +59,25 @@ def open_model(
         tokenizer: the folder's.
         name: what to call it in reports; the folder's name by default.
         device, dtype: as ``runtime.pick_device`` and ``runtime.pick_dtype`` take them.
+        quantize: ``int8`` or ``int4`` keeps the matrices in so many bits (``core/quantize.py``); ``none`` as they are.
 
-    Raises NotFoundError, CorruptError, UnsupportedError (the folder), ResourceError (the device, memory).
+    Raises NotFoundError, CorruptError, UnsupportedError (the folder), ResourceError (the device, memory), UsageError
+    (a name that is none of these, a device where nothing is quantized).
     """
     start = time.perf_counter()
     config = read_config(folder)
     target = runtime.pick_device(device)
+    check_quantize(quantize, target)
     matched = match_folder(folder, config)
     kind = runtime.pick_dtype(dtype, stored_dtype(matched), target)
     with torch.device("meta"):
         transformer = new_transformer(config)
     load_weights(transformer, matched, device=target, dtype=kind)
     transformer.eval().requires_grad_(False)
+    if quantize != "none":
+        quantize_(transformer, quantize)
     seconds = time.perf_counter() - start
-    return Model(name or folder.name, config, transformer, tokenizer, target, kind, seconds)
+    return Model(name or folder.name, config, transformer, tokenizer, target, kind, seconds, quantize)
 
 
 def new_transformer(config: ModelConfig) -> Transformer:

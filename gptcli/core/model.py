@@ -57,8 +57,11 @@ class Transformer(nn.Module):
         self.tie()
 
     def tie(self) -> None:
-        """Make the unembedding the embedding's own matrix again, where the configuration says so."""
-        if self.config.tied:
+        """Make the unembedding the embedding's own matrix again, where the configuration says so.
+
+        One that was replaced by something of its own (a quantized matrix) stays.
+        """
+        if self.config.tied and isinstance(self.unembedding, nn.Linear):
             self.unembedding.weight = self.embedding.weight
 
     def forward(

@@ -19,7 +19,19 @@ from gptcli.spec.config import from_hf
 from gptcli.text.tokenizer import Tokenizer
 from tests.cli.conftest import Done, Run
 
-FIELDS = {"model", "prompt", "text", "tokens", "finish_reason", "seed", "device", "dtype", "usage", "timing"}
+FIELDS = {
+    "model",
+    "prompt",
+    "text",
+    "tokens",
+    "finish_reason",
+    "seed",
+    "device",
+    "dtype",
+    "quantize",
+    "usage",
+    "timing",
+}
 TIMING = {"load_seconds", "prefill_seconds", "decode_seconds", "tokens_per_second"}
 CONTEXT = 64  # of the tiny model
 END = 0  # its <|endoftext|>
@@ -386,6 +398,17 @@ def test_echo(generate: Run) -> None:
     assert generate(*args).out.decode() == text
 
 
+@pytest.mark.parametrize("kind", ["none", "int8", "int4"])
+def test_quantized_matrices_are_named_and_repeatable(generate: Run, kind: str) -> None:
+    asked = ("Once upon", "-n", "6", "-t", "0", "--quantize", kind)
+    value = continued(generate(*asked, "--json"))
+    assert (value["quantize"], value["dtype"]) == (kind, "float32")
+    told = generate(*asked, "--stats", "-v", "--no-echo")
+    assert told.out.decode().rstrip("\n") == value["text"].rstrip("\n")
+    named = told.err.decode()
+    assert (f"{kind})" in named, f"matrices in {kind}" in named) == ((kind != "none",) * 2)
+
+
 def test_stats_are_on_stderr_alone(generate: Run) -> None:
     args = ("Once upon", "-n", "5", "--seed", "3")
     plain, told = generate(*args), generate(*args, "--stats")
@@ -442,6 +465,8 @@ def test_detail_is_on_stderr_alone(generate: Run) -> None:
         ("--device", "cpu:1"),
         ("--dtype", "float8"),
         ("--dtype", "float16", "--device", "cpu"),
+        ("--quantize", "int5"),
+        ("--quantize", ""),
         ("--color", "sometimes"),
         ("--format", "xml"),
         ("--json", "--format", "text"),

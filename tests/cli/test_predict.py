@@ -26,7 +26,7 @@ from tests.conftest import ROOT
 
 CONTEXT, VOCABULARY = 64, 300  # of the tiny model
 START = 0
-FIELDS = {"model", "prompt", "tokens", "temperature", "entropy_bits", "others", "top", "device", "dtype"}
+FIELDS = {"model", "prompt", "tokens", "temperature", "entropy_bits", "others", "top", "device", "dtype", "quantize"}
 TEXT = "Once upon a time"
 
 
@@ -62,6 +62,16 @@ def expected(model: Model, ids: Sequence[int], temperature: float = 1.0) -> np.n
 
 
 # --- The next token
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_quantized_matrices_move_the_numbers_a_little(predict: Run, kind: str) -> None:
+    exact, value = (good(predict(TEXT, "--json", "--top", "300", *more)) for more in ((), ("--quantize", kind)))
+    assert (exact["quantize"], value["quantize"]) == ("none", kind)
+    logits = {each["id"]: each["logit"] for each in exact["top"]}
+    moved = max(abs(each["logit"] - logits[each["id"]]) for each in value["top"])
+    assert 0 < moved < {"int8": 0.02, "int4": 0.1}[kind]
+    assert good(predict(TEXT, "--json", "--choose", "a", "--choose", "b", "--quantize", kind))["quantize"] == kind
 
 
 def test_json_has_the_fields_of_the_contract_and_the_models_numbers(predict: Run, model: Model) -> None:
