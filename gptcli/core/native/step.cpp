@@ -15,9 +15,12 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <functional>
+#include <mutex>
 #include <new>
 #include <system_error>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #if defined(__x86_64__)
@@ -122,7 +125,13 @@ inline float largest(Floats v) {
 
 // Numbers as they are kept, float or bfloat16, to float32 and back (to the nearest, ties to even).
 inline Floats wide(const float* from) { return load<Floats>(from); }
-inline Floats wide(const bfloat16* from) { return (Floats)(__builtin_convertvector(load<Halves>(from), Words) << 16); }
+inline Floats wide(const bfloat16* from) {
+#if defined(__AVX512F__)  // compilers find a longer way
+    return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(load<__m256i>(from)), 16);
+#else
+    return (Floats)(__builtin_convertvector(load<Halves>(from), Words) << 16);
+#endif
+}
 inline float wide_one(float x) { return x; }
 inline float wide_one(bfloat16 x) { const uint32_t bits = uint32_t(x) << 16; float f; std::memcpy(&f, &bits, 4); return f; }
 inline void narrow(float x, float* to) { *to = x; }
@@ -289,14 +298,16 @@ template <int R> void product_int8(const Matrix& m, int panel, const Inputs& in,
     for (int g = 0; g < m.columns / GROUP; g++, w += GROUP * LANES) {
 #if defined(__AVX512VNNI__)
         const int at = b * (in.widest / GROUP) + g;
-        Ints sum[R];
-        for (int r = 0; r < R; r++) sum[r] = Ints{} - 128 * in.sum[at + r * (in.widest / GROUP)];
+        Ints sum[2][R] = {};
+        for (int r = 0; r < R; r++) sum[0][r] -= 128 * in.sum[at + r * (in.widest / GROUP)];
         for (int k = 0; k < GROUP; k += 4) {
             const Ints weights = load<Ints>(w + k * LANES);
-            for (int r = 0; r < R; r++)
-                sum[r] = add_dot4(sum[r], weights, word(&in.bytes[size_t(b + r) * in.widest + g * GROUP + k]));
+            for (int r = 0; r < R; r++) {
+                Ints& s = sum[k / 4 % 2][r];
+                s = add_dot4(s, weights, word(&in.bytes[size_t(b + r) * in.widest + g * GROUP + k]));
+            }
         }
-        for (int r = 0; r < R; r++) out[r] += as_float(sum[r]) * in.scale[at + r * (in.widest / GROUP)];
+        for (int r = 0; r < R; r++) out[r] += as_float(sum[0][r] + sum[1][r]) * in.scale[at + r * (in.widest / GROUP)];
 #else
         const float* x = in.x + size_t(b) * in.stride + g * GROUP;
         for (int k = 0; k < GROUP; k += 4) {
@@ -320,17 +331,18 @@ template <int R> void product_int4(const Matrix& m, int panel, const Inputs& in,
         const Floats scale = wide(scales);
 #if defined(__AVX512VNNI__)
         const int at = b * (in.widest / GROUP) + g;
-        Ints sum[R];
-        for (int r = 0; r < R; r++) sum[r] = Ints{} - 8 * in.sum[at + r * (in.widest / GROUP)];
+        Ints sum[2][R] = {};
+        for (int r = 0; r < R; r++) sum[0][r] -= 8 * in.sum[at + r * (in.widest / GROUP)];
         for (int k = 0; k < GROUP; k += 8) {
             const Words eight = load<Words>(w + k * LANES / 2);
-            const Ints low = (Ints)(eight & 0x0F0F0F0Fu), high = (Ints)(eight >> 4 & 0x0F0F0F0Fu);
+            const Ints low = (Ints)(eight & 0x0F0F0F0Fu), high = (Ints)(eight & 0xF0F0F0F0u);  // high: 16 times too large
             for (int r = 0; r < R; r++) {
                 const int8_t* x = &in.bytes[size_t(b + r) * in.widest + g * GROUP + k];
-                sum[r] = add_dot4(add_dot4(sum[r], low, word(x)), high, word(x + 4));
+                sum[0][r] = add_dot4(sum[0][r], low, word(x));
+                sum[1][r] = add_dot4(sum[1][r], high, word(x + 4));
             }
         }
-        for (int r = 0; r < R; r++) out[r] += as_float(sum[r]) * (scale * in.scale[at + r * (in.widest / GROUP)]);
+        for (int r = 0; r < R; r++) out[r] += as_float(sum[0][r] + (sum[1][r] >> 4)) * (scale * in.scale[at + r * (in.widest / GROUP)]);
 #else
         const float* x = in.x + size_t(b) * in.stride + g * GROUP;
         Floats sum[R] = {};
@@ -461,78 +473,93 @@ inline void pause() {
 #endif
 }
 
-// Waits until done() is true: spinning, for what is waited for takes less than a wake-up; but not for long where
-// another process has taken the core that it is to come from.
-template <class Done> inline void wait_until(Done&& done) {
-    for (int spins = 0; !done(); spins++)
-        if (spins < 2000) pause();
-        else std::this_thread::yield();
-}
-
-// Threads that do a job together, and sleep when there is none.
-class Pool {
+// Threads that walk through the same phases of work. A phase is cut into pieces; whoever is free takes the next one, and
+// the phase is over when all are done, no matter by whom. So a slow core does fewer, and a thread that the system has
+// put aside (another process wants its core) holds nobody up, unless in the middle of a piece. Idle threads sleep.
+class Crew {
 public:
-    explicit Pool(int count) : count_(count) {
+    explicit Crew(int count) : count_(count) {
         for (int i = 1; i < count; i++) try {
                 threads_.emplace_back([this, i] { serve(i); });
-            } catch (const std::system_error&) {  // no more to be had: fewer will do
-                count_ = i;
+            } catch (const std::system_error&) {  // no more to be had: the others do the work
                 break;
             }
     }
-    ~Pool() {
+    ~Crew() {
         stop_ = true;
-        start();
+        call();
         for (auto& thread : threads_) thread.join();
     }
     int count() const { return count_; }
+    uint64_t next_phase() const { return next_.load(std::memory_order_relaxed) >> 32; }
 
-    // job(i) on each of the threads, the caller's among them as 0; returns when all have ended.
-    template <class Job> void run(Job& job) {
-        job_ = [](void* job, int i) { (*static_cast<Job*>(job))(i); };
-        argument_ = &job;
-        running_.store(count_ - 1, std::memory_order_relaxed);
-        start();
+    // job(i) on every thread, on the caller's as i = 0, whose end it waits for. The phases in it are then over; others may
+    // still walk through it, and find nothing left to do.
+    void run(const std::function<void(int)>& job) {
+        {
+            std::lock_guard<std::mutex> lock(mutex_);
+            job_ = job;
+        }
+        call();
         job(0);
-        wait_until([&] { return running_.load(std::memory_order_acquire) == 0; });
     }
 
-    // Within a job: goes on when all threads have come here, and sees what they have written.
-    void meet() {
-        if (count_ == 1) return;
-        const uint32_t meeting = meetings_.load(std::memory_order_relaxed);
-        if (arrived_.fetch_add(1, std::memory_order_acq_rel) == count_ - 1) {
-            arrived_.store(0, std::memory_order_relaxed);
-            meetings_.store(meeting + 1, std::memory_order_release);
-        } else {
-            wait_until([&] { return meetings_.load(std::memory_order_acquire) != meeting; });
+    // In a job: work(begin, end) for pieces of 0 to items, on this thread as long as there are any, until all are done.
+    // Phases are numbered without a gap from next_phase() on, the same by every thread.
+    template <class Work> void phase(uint64_t number, int items, Work&& work) {
+        if (count_ == 1) return work(0, items);
+        const int64_t pieces = std::min(items, PIECES * count_);
+        for (;;) {
+            uint64_t next = next_.load(std::memory_order_acquire);
+            if (next >> 32 != number) return;
+            const int64_t piece = int64_t(next & 0xFFFFFFFF);
+            if (piece == pieces) return wait_for_end(number);
+            if (!next_.compare_exchange_weak(next, next + 1, std::memory_order_acq_rel)) continue;
+            work(int(items * piece / pieces), int(items * (piece + 1) / pieces));
+            if (done_.fetch_add(1, std::memory_order_acq_rel) + 1 == pieces) {
+                done_.store(0, std::memory_order_relaxed);
+                next_.store((number + 1) << 32, std::memory_order_release);
+            }
         }
     }
 
 private:
-    void start() {
-        jobs_.fetch_add(1, std::memory_order_release);
-        jobs_.notify_all();
+    static constexpr int PIECES = 4;  // for each thread
+
+    void call() {
+        calls_.fetch_add(1, std::memory_order_release);
+        calls_.notify_all();
     }
     void serve(int index) {
-        for (uint32_t seen = 0;; seen++) {
-            for (int spins = 0; spins < 1000 && jobs_.load(std::memory_order_acquire) == seen; spins++) pause();
-            jobs_.wait(seen, std::memory_order_acquire);
+        for (uint32_t seen = 0;;) {
+            for (int spins = 0; spins < 1000 && calls_.load(std::memory_order_acquire) == seen; spins++) pause();
+            calls_.wait(seen, std::memory_order_acquire);
+            seen = calls_.load(std::memory_order_acquire);
             if (stop_) return;
-            job_(argument_, index);
-            running_.fetch_sub(1, std::memory_order_release);
+            std::function<void(int)> job;
+            {
+                std::lock_guard<std::mutex> lock(mutex_);
+                job = job_;
+            }
+            job(index);
         }
     }
+    // Spinning, for the end takes less than a wake-up; but not for long where another process has the core that it is to
+    // come from.
+    void wait_for_end(uint64_t number) {
+        for (int spins = 0; next_.load(std::memory_order_acquire) >> 32 == number; spins++)
+            if (spins < 1000) pause();
+            else std::this_thread::yield();
+    }
 
-    int count_;
+    const int count_;
     std::vector<std::thread> threads_;
+    std::mutex mutex_;  // of job_
+    std::function<void(int)> job_;
     std::atomic<bool> stop_{false};
-    void (*job_)(void*, int) = nullptr;
-    void* argument_ = nullptr;
-    alignas(64) std::atomic<uint32_t> jobs_{0};
-    alignas(64) std::atomic<int> running_{0};
-    alignas(64) std::atomic<int> arrived_{0};
-    alignas(64) std::atomic<uint32_t> meetings_{0};
+    alignas(64) std::atomic<uint32_t> calls_{0};
+    alignas(64) std::atomic<uint64_t> next_{0};  // number of the phase, and below it the next piece
+    alignas(64) std::atomic<int64_t> done_{0};   // pieces
 };
 
 // --- The step
@@ -551,7 +578,7 @@ struct Rows {
 class Step {
 public:
     explicit Step(const Model& model)
-        : m(model), pool(model.threads), own(pool.count()), scores(pool.count()), scaled(pool.count()) {
+        : m(model), own(m.threads), scores(m.threads), scaled(m.threads), crew(m.threads) {
         for (auto& each : scaled) each.assign(up(m.head_dim, GROUP), 0.f);
     }
 
@@ -562,44 +589,53 @@ public:
              float* logits) {
         room(batch, int(*std::max_element(lengths, lengths + batch)) + 1);
         for (int b = 0; b < batch; b++) begin(b, ids[b], lengths[b]);
-        auto job = [&](int t) {
+        uint64_t phase = crew.next_phase();
+        crew.run([=, this](int t) mutable {
+            // A thread makes its own inputs of a matrix ready, once it has a piece: cheaper than to wait for another's.
+            const auto multiplying = [&](int panels, auto&& prepare, auto&& work) {
+                bool ready = false;
+                crew.phase(phase++, panels, [&](int begin, int end) {
+                    if (!ready) prepare();
+                    ready = true;
+                    work(begin, end);
+                });
+            };
+            const auto add_to_stream = [&](int b, int i, Floats y) { store(stream[b] + i, wide(stream[b] + i) + y); };
             for (int l = 0; l < m.layers; l++) {
                 const Layer& layer = m.blocks[l];
-                normed(t, batch, layer.attention_norm, layer.query);
-                times(t, batch, layer.query, [&](int b, int i, Floats y) { store(query[b] + i, y); });
-                times(t, batch, layer.key, [&](int b, int i, Floats y) { store(key[b] + i, y); });
-                times(t, batch, layer.value, [&](int b, int i, Floats y) { store(value[b] + i, y); });
-                pool.meet();
-                for (int work = t; work < batch * m.kv_heads; work += pool.count()) {
-                    const int b = work / m.kv_heads, k = work % m.kv_heads;
-                    const size_t start = size_t(work) * capacity * m.head_dim;
-                    attention(t, b, k, int(lengths[b]), (T*)keys[l] + start, (T*)values[l] + start);
-                }
-                pool.meet();
-                own[t].take(gathered[0], gathered.stride, batch, layer.output);
-                times(t, batch, layer.output, [&](int b, int i, Floats y) { store(stream[b] + i, wide(stream[b] + i) + y); });
-                pool.meet();
-                normed(t, batch, layer.mlp_norm, layer.up);
-                if (layer.gate.weight) {  // the same thread makes the same rows of both
-                    times(t, batch, layer.gate, [&](int b, int i, Floats y) { store(hidden[b] + i, activate(y, m.activation)); });
-                    times(t, batch, layer.up, [&](int b, int i, Floats y) { store(hidden[b] + i, wide(hidden[b] + i) * y); });
-                } else {
-                    times(t, batch, layer.up, [&](int b, int i, Floats y) { store(hidden[b] + i, activate(y, m.activation)); });
-                }
-                pool.meet();
-                own[t].take(hidden[0], hidden.stride, batch, layer.down);
-                times(t, batch, layer.down, [&](int b, int i, Floats y) { store(stream[b] + i, wide(stream[b] + i) + y); });
-                pool.meet();
+                multiplying(
+                    panels(layer.query) + 2 * panels(layer.key), [&] { normed(t, batch, layer.attention_norm, layer.query); },
+                    [&](int begin, int end) { queries_keys_values(t, batch, layer, begin, end); });
+                crew.phase(phase++, batch * m.kv_heads, [&](int begin, int end) {
+                    for (int head = begin; head < end; head++) {
+                        const int b = head / m.kv_heads;
+                        const size_t start = size_t(head) * capacity * m.head_dim;
+                        attention(t, b, head % m.kv_heads, int(lengths[b]), (T*)keys[l] + start, (T*)values[l] + start);
+                    }
+                });
+                multiplying(
+                    panels(layer.output), [&] { own[t].take(gathered[0], gathered.stride, batch, layer.output); },
+                    [&](int begin, int end) { multiply(layer.output, begin, end, own[t], batch, add_to_stream); });
+                multiplying(
+                    panels(layer.up), [&] { normed(t, batch, layer.mlp_norm, layer.up); },
+                    [&](int begin, int end) { hidden_neurons(t, batch, layer, begin, end); });
+                multiplying(
+                    panels(layer.down), [&] { own[t].take(hidden[0], hidden.stride, batch, layer.down); },
+                    [&](int begin, int end) { multiply(layer.down, begin, end, own[t], batch, add_to_stream); });
             }
-            normed(t, batch, m.norm, m.unembedding);
-            times(t, batch, m.unembedding, [&](int b, int i, Floats y) {
-                if (i < m.vocab) store_first(m.vocab - i, logits + size_t(b) * m.vocab + i, y);
-            });
-        };
-        pool.run(job);
+            multiplying(
+                panels(m.unembedding), [&] { normed(t, batch, m.norm, m.unembedding); },
+                [&](int begin, int end) {
+                    multiply(m.unembedding, begin, end, own[t], batch, [&](int b, int i, Floats y) {
+                        store_first(m.vocab - i, logits + size_t(b) * m.vocab + i, y);
+                    });
+                });
+        });
     }
 
 private:
+    static int panels(const Matrix& a) { return a.rows / LANES; }
+
     void room(int batch, int longest) {
         for (auto& each : scores)
             if (int(each.size()) < up(longest, LANES)) each.resize(2 * up(longest, LANES));
@@ -645,10 +681,25 @@ private:
         in.take(in.normed.data(), in.widest, batch, next);
     }
 
-    // A thread's share of a matrix times its inputs.
-    template <class Use> void times(int t, int batch, const Matrix& a, Use&& use) {
-        const int64_t panels = a.rows / LANES;
-        multiply(a, int(panels * t / pool.count()), int(panels * (t + 1) / pool.count()), own[t], batch, use);
+    // Some of the panels of the three matrices, counted as if they stood below each other.
+    void queries_keys_values(int t, int batch, const Layer& layer, int begin, int end) {
+        const std::pair<const Matrix*, Rows*> three[] = {{&layer.query, &query}, {&layer.key, &key}, {&layer.value, &value}};
+        for (auto [matrix, to] : three) {
+            multiply(*matrix, std::max(begin, 0), std::min(end, panels(*matrix)), own[t], batch,
+                     [rows = to](int b, int i, Floats y) { store((*rows)[b] + i, y); });
+            begin -= panels(*matrix);
+            end -= panels(*matrix);
+        }
+    }
+
+    // The up-projection and the activation; with a gate beside it, it is the gate that is activated.
+    void hidden_neurons(int t, int batch, const Layer& layer, int begin, int end) {
+        const Matrix& first = layer.gate.weight ? layer.gate : layer.up;
+        multiply(first, begin, end, own[t], batch,
+                 [&](int b, int i, Floats y) { store(hidden[b] + i, activate(y, m.activation)); });
+        if (layer.gate.weight)
+            multiply(layer.up, begin, end, own[t], batch,
+                     [&](int b, int i, Floats y) { store(hidden[b] + i, wide(hidden[b] + i) * y); });
     }
 
     // All that is to be done for key-value head k of row b, by one thread: its key and value go to the cache, and the
@@ -673,11 +724,11 @@ private:
     }
 
     const Model m;
-    Pool pool;
     int rows = 0;  // there is room for
     Rows stream, query, key, value, gathered, hidden, cosines, sines;  // shared by the threads
     std::vector<Inputs> own;                                           // for each thread: what it multiplies,
     std::vector<std::vector<float>> scores, scaled;                    // its attention and its query
+    Crew crew;                                                         // last: it ends before what it works on
 };
 
 }  // namespace
