@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gptcli.cli.caches import native_cache
 from gptcli.cli.out import Output
 from gptcli.errors import NotFoundError
 from gptcli.spec.library import DEFAULT_MODEL, Found, resolve
@@ -57,6 +58,7 @@ def open_for_inference(
         from gptcli.core.build import open_model
 
         runtime.set_threads(threads)
-        model = open_model(found.folder, tokenizer.result(), name=found.name, device=device, dtype=dtype)
+        words = tokenizer.result()
+        model = open_model(found.folder, words, name=found.name, device=device, dtype=dtype, native=native_cache())
     out.detail(f"{model.name} from {found.folder} on {model.device} in {model.dtype_name}")
     return model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from torch import nn
 from gptcli.core import runtime
 from gptcli.core.checkpoint import load_weights
 from gptcli.core.model import Transformer
+from gptcli.core.stepping import Stepping
 from gptcli.errors import UnsupportedError
 from gptcli.spec.config import ModelConfig, read_config
 from gptcli.spec.match import match_folder, stored_dtype
@@ -21,7 +22,11 @@ from gptcli.text.tokenizer import Tokenizer
 
 @dataclass
 class Model:
-    """A loaded model: what generates, scores and embeds."""
+    """A loaded model: what generates, scores and embeds.
+
+    Its ``stepping`` keeps what makes its steps fast, so that a process that lives long prepares it once; ``native`` is
+    the folder of native libraries, None for none.
+    """
 
     name: str
     config: ModelConfig
@@ -30,6 +35,11 @@ class Model:
     device: torch.device
     dtype: torch.dtype
     load_seconds: float = 0.0
+    native: Path | None = None
+    stepping: Stepping = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.stepping = Stepping(self.transformer, self.native)
 
     @property
     def dtype_name(self) -> str:
@@ -37,7 +47,13 @@ class Model:
 
 
 def open_model(
-    folder: Path, tokenizer: Tokenizer, *, name: str = "", device: str = "auto", dtype: str = "auto"
+    folder: Path,
+    tokenizer: Tokenizer,
+    *,
+    name: str = "",
+    device: str = "auto",
+    dtype: str = "auto",
+    native: Path | None = None,
 ) -> Model:
     """Load a model folder for inference.
 
@@ -46,6 +62,7 @@ def open_model(
         tokenizer: the folder's.
         name: what to call it in reports; the folder's name by default.
         device, dtype: as ``runtime.pick_device`` and ``runtime.pick_dtype`` take them.
+        native: the folder where ``native_build`` puts its libraries; None: steps are PyTorch's.
 
     Raises NotFoundError, CorruptError, UnsupportedError (the folder), ResourceError (the device, memory).
     """
@@ -59,7 +76,7 @@ def open_model(
     load_weights(transformer, matched, device=target, dtype=kind)
     transformer.eval().requires_grad_(False)
     seconds = time.perf_counter() - start
-    return Model(name or folder.name, config, transformer, tokenizer, target, kind, seconds)
+    return Model(name or folder.name, config, transformer, tokenizer, target, kind, seconds, native)
 
 
 def new_transformer(config: ModelConfig) -> Transformer:

@@ -7,9 +7,11 @@ calls; where that was not done, nothing here is used.
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import threading
 import weakref
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,8 +21,13 @@ from torch import Tensor, nn
 from gptcli.core.cache import KVCache
 from gptcli.core.model import Transformer
 from gptcli.core.native_build import Library
-from gptcli.core.native_pack import DTYPES, TYPES, PackedMatrix, PackedModel, Packing, matrices
+from gptcli.core.native_pack import DTYPES, TYPES, PackedMatrix, PackedModel, Packing, matrices, stored
 from gptcli.errors import LimitError, ResourceError, UnsupportedError
+
+# How far logits may be from the transformer's, as a share of their standard deviation. In float32 only the order of
+# sums differs. PyTorch rounds whatever it makes to bfloat16, and the native step next to nothing. With int8 and int4
+# the native step rounds each input of a matrix to a 254th of the largest of its 32.
+LIMITS = {"float32": 1e-4, "bfloat16": 0.2, "int8": 0.3, "int4": 0.3}
 
 _Pointer, _Int, _Long = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
 
@@ -64,7 +71,6 @@ class NativeStep:
         self._closing()
         self._handle = None
 
-    @torch.inference_mode()
     def step(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """Add one token a row, ``[B]`` int64, to the cache; the logits ``[B, V]`` of the next, float32.
 
@@ -108,7 +114,7 @@ class NativeMatrix:
         self._functions = _declared(library)
         self._packing = Packing(library.lanes, iter([linear]))
         self._matrix = self._packing.matrix(linear)
-        self.rows = linear.weight.shape[0]
+        self.rows = len(stored(linear)[1])
 
     def __call__(self, x: Tensor) -> Tensor:
         """``[B, columns]`` float32 to ``[B, rows]``."""
@@ -136,3 +142,40 @@ def _declared(library: Library) -> Any:
 def _close(close: Any, handle: int, process: int) -> None:
     if os.getpid() == process:  # a fork takes the memory along, but not the threads that would have to end
         close(handle)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How far the native step's logits are from the transformer's.
+
+    Attributes:
+        tokens: steps that were compared.
+        difference: the largest, as a share of the logits' standard deviation.
+        limit: what rounding may make of it; beyond it something is wrong.
+    """
+
+    tokens: int
+    difference: float
+    limit: float
+
+    @property
+    def ok(self) -> bool:
+        return self.difference <= self.limit  # and not where it is no number
+
+
+@torch.inference_mode()
+def compare(step: NativeStep, transformer: Transformer, tokens: int = 8) -> Comparison:
+    """Take some steps both ways, on two rows of different length, and compare all logits."""
+    config, table = transformer.config, transformer.embedding.weight
+    tokens = min(tokens, config.context - 3)
+    ids = torch.arange(2 * (tokens + 3)).view(2, -1) * 7919 % config.vocab_size
+    caches = [KVCache(config, 2, tokens + 3, device=table.device, dtype=table.dtype) for _ in range(2)]
+    for cache in caches:
+        transformer(ids[:, :3], cache)
+        cache.set_lengths([3, 1])
+    difference = 0.0
+    for place in range(3, tokens + 3):
+        wanted = transformer(ids[:, place : place + 1], caches[0])[:, 0].float()  # [B, V]
+        share = (step.step(ids[:, place], caches[1]) - wanted).abs().max() / wanted.std()
+        difference = max(difference, share.item()) if share == share else math.nan
+    return Comparison(tokens, difference, LIMITS[stored(transformer.unembedding)[0]])

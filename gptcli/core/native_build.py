@@ -17,7 +17,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gptcli.core import runtime
@@ -40,6 +40,7 @@ class Library:
         file: where it is.
         functions: its entry points, as ctypes knows them.
         lanes: rows of a matrix that are computed together.
+        features: of the CPU, that it uses, for people.
         compiler: what built it, as it calls itself.
         seconds: how long the build took; None where there was nothing to build.
     """
@@ -47,6 +48,7 @@ class Library:
     file: Path
     functions: ctypes.CDLL
     lanes: int
+    features: str
     compiler: str
     seconds: float | None = None
 
@@ -82,11 +84,11 @@ def _load(file: Path, wanted: str) -> Library:
         if file.stem.rpartition("-")[2] != content:
             raise CorruptError(f"{file} is damaged", _HINT)
         functions = ctypes.CDLL(str(file))
-        functions.gptcli_built.restype = ctypes.c_char_p
+        functions.gptcli_built.restype = functions.gptcli_features.restype = ctypes.c_char_p
         built, _, compiler = functions.gptcli_built().decode().partition(" ")
         if built != wanted or functions.gptcli_abi() != ABI:
             raise CorruptError(f"{file} was built from something else", f"delete it; {_HINT}")
-        return Library(file, functions, functions.gptcli_lanes(), compiler)
+        return Library(file, functions, functions.gptcli_lanes(), functions.gptcli_features().decode(), compiler)
     except (OSError, AttributeError) as error:
         raise CorruptError(f"{file} can't be loaded: {error}", _HINT) from None
 
@@ -122,8 +124,7 @@ def build(folder: Path) -> Library:
     for old in folder.glob(f"step-{wanted}-*.so"):
         if old != file:
             old.unlink(missing_ok=True)
-    library = _load(file, wanted)
-    return Library(library.file, library.functions, library.lanes, library.compiler, seconds)
+    return replace(_load(file, wanted), seconds=seconds)
 
 
 def _find_compiler() -> tuple[list[str], str]:

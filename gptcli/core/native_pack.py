@@ -12,6 +12,7 @@ import ctypes
 import math
 import mmap
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -76,11 +77,10 @@ class Packing:
         config = transformer.config
         layers = (_Layer * config.layers)()
         for layer, block in zip(layers, transformer.blocks, strict=True):
-            layer.attention_norm, layer.mlp_norm = self.norm(block.attention_norm), self.norm(block.mlp_norm)
-            for owner in (block.attention, block.mlp):
-                for name, linear in owner.named_children():
-                    if name in _MATRICES:
-                        setattr(layer, name, self.matrix(linear))
+            layer.attention_norm = self.norm(block.get_submodule("attention_norm"))
+            layer.mlp_norm = self.norm(block.get_submodule("mlp_norm"))
+            for name, linear in _matrices_of(block):
+                setattr(layer, name, self.matrix(linear))
         turns = None
         if config.position == "rope":
             turns = self._keep(frequencies(config.head_dim, config.rope_theta, torch.device("cpu")))
@@ -101,26 +101,30 @@ class Packing:
 
     def matrix(self, linear: nn.Module) -> PackedMatrix:
         kind, weight, scale = stored(linear)
-        rows, columns = _padded_shape(weight, self.lanes)
+        rows, columns = self._padded_shape(kind, weight)
         words = _WORDS[kind](weight)
         packed = self._memory.take(rows // self.lanes, columns * _BITS[kind] // 32, self.lanes, dtype=torch.int32)
         _into_panels(words, packed)
         factors = None
-        if kind == "int8":
+        if kind == "int8" and scale is not None:
             factors = self._memory.take(rows)
-            factors[: len(weight)] = scale
-        elif kind == "int4":
+            factors[: len(weight)] = scale.flatten()
+        elif scale is not None:
             factors = self._memory.take(rows // self.lanes, columns // GROUP, self.lanes, dtype=torch.bfloat16)
             _into_panels(scale, factors)
-        bias = self._padded(linear.bias, rows)
+        bias = self._padded(getattr(linear, "bias", None), rows)
         return PackedMatrix(packed.data_ptr(), _address(factors), bias, rows, columns, TYPES[kind], 0)
 
     def _size(self, linear: nn.Module) -> int:
         """Bytes that ``matrix`` takes, or some more."""
         kind, weight, _ = stored(linear)
-        rows, columns = _padded_shape(weight, self.lanes)
+        rows, columns = self._padded_shape(kind, weight)
         scales = rows * (columns // GROUP) * 2 + rows * 4
         return rows * columns * _BITS[kind] // 8 + scales + 2 * _ALIGNMENT
+
+    def _padded_shape(self, kind: str, weight: Tensor) -> tuple[int, int]:
+        rows, columns = weight.shape
+        return _up(rows, self.lanes), _up(2 * columns if kind == "int4" else columns, GROUP)
 
     def _padded(self, vector: Tensor | None, size: int | None = None) -> int | None:
         """The address of a vector in float32, with zeros up to ``size``, by default to whole groups."""
@@ -139,23 +143,24 @@ class Packing:
 def matrices(transformer: Transformer) -> Iterator[nn.Module]:
     """Every matrix that a step multiplies with."""
     for block in transformer.blocks:
-        for owner in (block.attention, block.mlp):
-            yield from (linear for name, linear in owner.named_children() if name in _MATRICES)
+        yield from (linear for _, linear in _matrices_of(block))
     yield transformer.unembedding
 
 
+def _matrices_of(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for part in ("attention", "mlp"):
+        yield from (named for named in block.get_submodule(part).named_children() if named[0] in _MATRICES)
+
+
 def stored(linear: nn.Module) -> tuple[str, Tensor, Tensor | None]:
-    """A matrix as it is kept: its type, the numbers ``[rows, columns]``, and their scale.
+    """A matrix as it is kept: its type, the numbers ``[rows, columns]`` (int4: two a byte), and their scale.
 
     This is all that is known here of quantized matrices: int8 has one float32 scale a row, ``w ~ scale * q``; int4 a
     bfloat16 one for each row and group of 32 columns, ``w ~ scale * (q - 8)``, two numbers a byte, the even column low.
     """
-    kind = getattr(linear, "kind", None)
-    if kind is None:
-        return DTYPES[linear.weight.dtype], linear.weight.detach(), None
-    if kind == "int8":
-        return kind, linear.weight, linear.scale
-    return kind, torch.stack((linear.weight & 15, linear.weight >> 4), -1).flatten(1), linear.scale
+    any_linear: Any = linear
+    kind, weight = getattr(linear, "kind", None), any_linear.weight.detach()
+    return (kind, weight, any_linear.scale) if kind else (DTYPES[weight.dtype], weight, None)
 
 
 # --- Numbers [rows, columns] to words of 32 bits [rows, W]
@@ -174,7 +179,8 @@ def _words_int8(weight: Tensor) -> Tensor:
 
 
 def _words_int4(weight: Tensor) -> Tensor:
-    eights = F.pad(weight, (0, -weight.shape[1] % 8)).unflatten(1, (-1, 2, 4))
+    numbers = torch.stack((weight & 15, weight >> 4), -1).flatten(1)
+    eights = F.pad(numbers, (0, -numbers.shape[1] % 8)).unflatten(1, (-1, 2, 4))
     return (eights[:, :, 0] | eights[:, :, 1] << 4).flatten(1).view(torch.int32)
 
 
@@ -198,7 +204,9 @@ class _Memory:
         try:
             pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except (OSError, OverflowError) as error:
-            raise ResourceError(f"there is not enough memory for packed weights: {error}", "use a smaller model") from None
+            raise ResourceError(
+                f"there is not enough memory for packed weights: {error}", "use a smaller model"
+            ) from None
         if hasattr(mmap, "MADV_HUGEPAGE"):
             with contextlib.suppress(OSError):
                 pages.madvise(mmap.MADV_HUGEPAGE)
@@ -209,10 +217,6 @@ class _Memory:
         start, size = self._used, math.prod(shape) * dtype.itemsize
         self._used = _up(start + size, _ALIGNMENT)
         return self._bytes[start : start + size].view(dtype).view(shape)
-
-
-def _padded_shape(weight: Tensor, lanes: int) -> tuple[int, int]:
-    return _up(weight.shape[0], lanes), _up(weight.shape[1], GROUP)
 
 
 def _up(count: int, to: int) -> int:

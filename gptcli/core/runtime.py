@@ -121,6 +121,11 @@ def set_threads(count: int | None) -> None:
         torch.set_num_threads(count)
 
 
+def threads() -> int:
+    """How many CPU threads are used."""
+    return torch.get_num_threads()
+
+
 def machine() -> str:
     """The kind of CPU: ``x86_64``, ``arm64``, ``aarch64``, ..."""
     return platform.machine().lower()

@@ -117,6 +117,18 @@ inline float total(Floats v) {
 #endif
 }
 
+// The totals of four at once.
+inline void totals(const Floats (&v)[4], float* to) {
+#if defined(__AVX512F__)
+    __m256 half[4];
+    for (int i = 0; i < 4; i++) half[i] = _mm256_add_ps(_mm512_castps512_ps256((__m512)v[i]), (__m256)_mm512_extractf64x4_pd((__m512d)v[i], 1));
+    const __m256 sums = _mm256_hadd_ps(_mm256_hadd_ps(half[0], half[1]), _mm256_hadd_ps(half[2], half[3]));
+    _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1)));
+#else
+    for (int i = 0; i < 4; i++) to[i] = total(v[i]);
+#endif
+}
+
 inline float largest(Floats v) {
     float most = v[0];
     for (int i = 1; i < LANES; i++) most = std::max(most, v[i]);
@@ -298,16 +310,21 @@ template <int R> void product_int8(const Matrix& m, int panel, const Inputs& in,
     for (int g = 0; g < m.columns / GROUP; g++, w += GROUP * LANES) {
 #if defined(__AVX512VNNI__)
         const int at = b * (in.widest / GROUP) + g;
-        Ints sum[2][R] = {};
+        constexpr int WAYS = R < 8 ? 2 : 1;
+        Ints sum[WAYS][R] = {};
         for (int r = 0; r < R; r++) sum[0][r] -= 128 * in.sum[at + r * (in.widest / GROUP)];
-        for (int k = 0; k < GROUP; k += 4) {
-            const Ints weights = load<Ints>(w + k * LANES);
-            for (int r = 0; r < R; r++) {
-                Ints& s = sum[k / 4 % 2][r];
-                s = add_dot4(s, weights, word(&in.bytes[size_t(b + r) * in.widest + g * GROUP + k]));
+        for (int k = 0; k < GROUP; k += 4 * WAYS)
+            for (int j = 0; j < WAYS; j++) {
+                const Ints weights = load<Ints>(w + (k + 4 * j) * LANES);
+                for (int r = 0; r < R; r++) {
+                    const int8_t* x = &in.bytes[size_t(b + r) * in.widest + g * GROUP + k + 4 * j];
+                    sum[j][r] = add_dot4(sum[j][r], weights, word(x));
+                }
             }
+        for (int r = 0; r < R; r++) {
+            for (int j = 1; j < WAYS; j++) sum[0][r] += sum[j][r];
+            out[r] += as_float(sum[0][r]) * in.scale[at + r * (in.widest / GROUP)];
         }
-        for (int r = 0; r < R; r++) out[r] += as_float(sum[0][r] + sum[1][r]) * in.scale[at + r * (in.widest / GROUP)];
 #else
         const float* x = in.x + size_t(b) * in.stride + g * GROUP;
         for (int k = 0; k < GROUP; k += 4) {
@@ -374,8 +391,9 @@ template <int R> int product(const Matrix& m, int panel, const Inputs& in, int b
 template <class Use> void multiply(const Matrix& m, int begin, int end, const Inputs& in, int batch, Use&& use) {
     for (int p = begin; p < end; p++)
         for (int b = 0; b < batch;) {  // the more rows at once, the fewer times the weights are read
-            Floats out[4];
-            const int done = batch - b >= 4   ? product<4>(m, p, in, b, out)
+            Floats out[8];
+            const int done = batch - b >= 8   ? product<8>(m, p, in, b, out)
+                             : batch - b >= 4 ? product<4>(m, p, in, b, out)
                              : batch - b >= 2 ? product<2>(m, p, in, b, out)
                                               : product<1>(m, p, in, b, out);
             for (int r = 0; r < done; r++) use(b + r, p * LANES, out[r]);
@@ -421,7 +439,8 @@ template <int N, class T> inline void answers(const float* query, const T* keys,
         for (int n = 0; n < N; n++) sum[n] += wide(query + i) * wide(keys + size_t(n) * d + i);
     if (i < d)
         for (int n = 0; n < N; n++) sum[n] += wide(query + i) * wide_first(d - i, keys + size_t(n) * d + i);
-    for (int n = 0; n < N; n++) scores[n] = total(sum[n]);
+    if constexpr (N == 4) totals(sum, scores);
+    else scores[0] = total(sum[0]);
 }
 
 // N registers' worth of the values [length, d] from dimension i on, weighted and added up.
@@ -741,6 +760,22 @@ private:
 GPTCLI_API const char* gptcli_built() { return GPTCLI_BUILT; }
 GPTCLI_API int32_t gptcli_abi() { return ABI; }
 GPTCLI_API int32_t gptcli_lanes() { return LANES; }
+GPTCLI_API const char* gptcli_features() {  // that it uses
+#if defined(__AVX512F__)
+    return "AVX-512"
+#elif defined(__AVX2__)
+    return "AVX2"
+#else
+    return "128-bit vectors"
+#endif
+#if defined(__AVX512VNNI__)
+           ", VNNI"
+#endif
+#if defined(__AVX512BF16__)
+           ", BF16"
+#endif
+        ;
+}
 
 // Null where there is not enough memory. The model's arrays are not copied, and have to stay.
 GPTCLI_API void* gptcli_open(const Model* model) {
