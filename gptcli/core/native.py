@@ -61,10 +61,15 @@ class NativeStep:
         self.packed_bytes = self._packing.bytes
         self._model = self._packing.model(transformer, threads)
         self._lock = threading.Lock()  # the library's workspace is one for all
+        self._open()
+
+    def _open(self) -> None:
+        """Start its threads."""
         self._handle = self._functions.gptcli_open(ctypes.byref(self._model))
         if not self._handle:
             raise ResourceError("there is not enough memory for the native step", "use a smaller model")
-        self._closing = weakref.finalize(self, _close, self._functions.gptcli_close, self._handle, os.getpid())
+        self._process = os.getpid()
+        self._closing = weakref.finalize(self, _close, self._functions.gptcli_close, self._handle, self._process)
 
     def close(self) -> None:
         """End its threads. It can't be used afterwards."""
@@ -81,6 +86,9 @@ class NativeStep:
         logits = torch.empty(len(ids), self._config.vocab_size)
         pointers, numbers = _Pointer * self._config.layers, _Long * len(ids)
         with self._lock:
+            if self._process != os.getpid():  # a fork takes the memory along, but not the threads
+                self._closing.detach()
+                self._open()
             done = self._functions.gptcli_step(
                 *(self._handle, len(ids), numbers(*ids), numbers(*lengths), TYPES[DTYPES[cache.keys[0].dtype]]),
                 pointers(*[keys.data_ptr() for keys in cache.keys]),
@@ -140,7 +148,7 @@ def _declared(library: Library) -> Any:
 
 
 def _close(close: Any, handle: int, process: int) -> None:
-    if os.getpid() == process:  # a fork takes the memory along, but not the threads that would have to end
+    if os.getpid() == process:  # in a fork there are no threads that could end
         close(handle)
 
 

@@ -375,7 +375,7 @@ template <int R> void product_int4(const Matrix& m, int panel, const Inputs& in,
     }
 }
 
-template <int R> int product(const Matrix& m, int panel, const Inputs& in, int b, Floats* to) {
+template <int R> __attribute__((noinline)) int product(const Matrix& m, int panel, const Inputs& in, int b, Floats* to) {
     Floats out[R];
     switch (m.type) {
         case FLOAT32: product_float32<R>(m, panel, in, b, out); break;
@@ -603,9 +603,8 @@ public:
 
     // One more token in each row; ``lengths`` are the tokens that a row's cache holds. keys and values: for each layer
     // [B, K, capacity, D]; logits: [B, V].
-    template <class T>
-    void run(int batch, const int64_t* ids, const int64_t* lengths, void* const* keys, void* const* values, int64_t capacity,
-             float* logits) {
+    void run(int batch, const int64_t* ids, const int64_t* lengths, int cache_type, void* const* keys, void* const* values,
+             int64_t capacity, float* logits) {
         room(batch, int(*std::max_element(lengths, lengths + batch)) + 1);
         for (int b = 0; b < batch; b++) begin(b, ids[b], lengths[b]);
         uint64_t phase = crew.next_phase();
@@ -628,8 +627,9 @@ public:
                 crew.phase(phase++, batch * m.kv_heads, [&](int begin, int end) {
                     for (int head = begin; head < end; head++) {
                         const int b = head / m.kv_heads;
-                        const size_t start = size_t(head) * capacity * m.head_dim;
-                        attention(t, b, head % m.kv_heads, int(lengths[b]), (T*)keys[l] + start, (T*)values[l] + start);
+                        const int64_t at = head * capacity * m.head_dim;
+                        if (cache_type == FLOAT32) attention<float>(t, b, head % m.kv_heads, lengths[b], keys[l], values[l], at);
+                        else attention<bfloat16>(t, b, head % m.kv_heads, lengths[b], keys[l], values[l], at);
                     }
                 });
                 multiplying(
@@ -723,8 +723,10 @@ private:
 
     // All that is to be done for key-value head k of row b, by one thread: its key and value go to the cache, and the
     // H/K queries that share it gather.
-    template <class T> void attention(int t, int b, int k, int length, T* keys, T* values) {
+    template <class T> void attention(int t, int b, int k, int64_t length, void* all_keys, void* all_values, int64_t at) {
         const int d = m.head_dim, shared = m.heads / m.kv_heads;
+        T* keys = (T*)all_keys + at;
+        T* values = (T*)all_values + at;
         float* k_new = key[b] + k * d;
         float* queries = query[b] + k * shared * d;
         if (m.frequencies) {
@@ -738,7 +740,7 @@ private:
         const float scale = 1.f / std::sqrt(float(d));
         for (int h = 0; h < shared; h++) {
             for (int i = 0; i < d; i++) scaled[t][i] = queries[h * d + i] * scale;
-            attend(scaled[t].data(), keys, values, length + 1, d, scores[t].data(), gathered[b] + (k * shared + h) * d);
+            attend(scaled[t].data(), keys, values, int(length) + 1, d, scores[t].data(), gathered[b] + (k * shared + h) * d);
         }
     }
 
@@ -791,10 +793,8 @@ GPTCLI_API void gptcli_close(void* step) { delete static_cast<Step*>(step); }
 // See Step::run. Ids and lengths are checked by the caller. False where there is not enough memory.
 GPTCLI_API bool gptcli_step(void* step, int32_t batch, const int64_t* ids, const int64_t* lengths, int32_t cache_type,
                             void* const* keys, void* const* values, int64_t capacity, float* logits) {
-    Step& s = *static_cast<Step*>(step);
     try {
-        if (cache_type == FLOAT32) s.run<float>(batch, ids, lengths, keys, values, capacity, logits);
-        else s.run<bfloat16>(batch, ids, lengths, keys, values, capacity, logits);
+        static_cast<Step*>(step)->run(batch, ids, lengths, cache_type, keys, values, capacity, logits);
         return true;
     } catch (const std::bad_alloc&) {
         return false;
