@@ -36,11 +36,13 @@ def prepare(
 
     loaded = open_for_inference(name or model, out, device="cpu", dtype=dtype, threads=threads)
     from gptcli.core import native, native_build, runtime
+    from gptcli.core.stepping import pick_threads
 
     if reason := native.why_not(loaded.transformer):
         raise ResourceError(f"there is no native step for {loaded.name}: {reason}", "PyTorch's is used")
     library = native_build.build(native_cache())
-    step = native.NativeStep(library, loaded.transformer, runtime.threads())
+    threads_used = pick_threads(loaded.transformer, runtime.threads())
+    step = native.NativeStep(library, loaded.transformer, threads_used)
     compared = native.compare(step, loaded.transformer)
     step.close()
     if out.json:
@@ -77,7 +79,7 @@ def _tell(out: Output, loaded: Model, step: NativeStep, compared: Comparison) ->
     when = "was there" if library.seconds is None else f"built in {library.seconds:.1f} s"
     facts = {
         "model": f"{loaded.name}, {loaded.dtype_name}: {step.packed_bytes / 1e6:,.1f} MB of packed weights",
-        "native step": f"{library.features}, {step.threads} threads",
+        "native step": f"{library.features}; threads: {step.threads}",
         "library": f"{when} by {library.compiler}: {library.file}",
         "check": f"{compared.tokens} tokens, off by {compared.difference:.1g} of the logits' spread "
         f"(rounding explains {compared.limit:g})",

@@ -21,6 +21,7 @@ StepFunction = Callable[[Tensor, KVCache], Tensor]
 _WORTH_PACKING = 16
 # With more rows a step is bound by arithmetic, in which PyTorch's products are as good.
 _MOST_ROWS = 64
+_WORTH_A_THREAD = 1 << 16  # bytes
 
 
 def ways(*, tokens: int, rows: int, packed: Collection[Way]) -> tuple[Way, ...]:
@@ -33,6 +34,16 @@ def ways(*, tokens: int, rows: int, packed: Collection[Way]) -> tuple[Way, ...]:
     if rows <= _MOST_ROWS and ("native" in packed or tokens >= _WORTH_PACKING):
         worth.append("native")
     return (*worth, "transformer")
+
+
+def pick_threads(transformer: Transformer, most: int) -> int:
+    """How many threads a native step of a model is worth, up to ``most``.
+
+    Between two waits each has to have more to read than a wait costs, which is a microsecond or two.
+    """
+    tensors = (*transformer.parameters(), *transformer.buffers())
+    waits = 5 * transformer.config.layers + 1
+    return max(1, min(most, sum(tensor.nbytes for tensor in tensors) // waits // _WORTH_A_THREAD))
 
 
 class Stepping:
@@ -55,7 +66,7 @@ class Stepping:
         packed: list[Way] = ["native"] if self._native else []
         worth = ways(tokens=tokens, rows=rows, packed=packed)
         if "native" in worth and (step := self._native_step()):
-            self.told = f"native step ({step.library.features}) on {step.threads} threads, {step.library.file}"
+            self.told = f"native step ({step.library.features}), threads: {step.threads}, {step.library.file}"
             return step.step
         self.told = "PyTorch step: " + (
             self._no_native or f"for {tokens} tokens in {rows} rows nothing else is worth its preparation"
@@ -80,4 +91,5 @@ class Stepping:
             raise NotFoundError("no folder of native libraries was given", "gptcli models prepare builds one")
         if reason := native.why_not(self.transformer):  # before a library is loaded for nothing
             raise UnsupportedError(f"there is no native step: {reason}", "nothing is to be done")
-        return native.NativeStep(native_build.load(self.folder), self.transformer, runtime.threads())
+        threads = pick_threads(self.transformer, runtime.threads())
+        return native.NativeStep(native_build.load(self.folder), self.transformer, threads)

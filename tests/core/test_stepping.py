@@ -13,9 +13,10 @@ from gptcli.core.decode import Decoder
 from gptcli.core.generate import Request, generate
 from gptcli.core.native import NativeStep
 from gptcli.core.settings import Sampling
-from gptcli.core.stepping import Stepping, ways
+from gptcli.core.stepping import Stepping, pick_threads, ways
+from gptcli.spec.config import ModelConfig
 from gptcli.text.tokenizer import Tokenizer
-from tests.core.test_model import CONFIGS, visible_model
+from tests.core.test_model import CONFIGS, GPT2, visible_model
 
 
 def test_ways_from_counts() -> None:
@@ -24,6 +25,17 @@ def test_ways_from_counts() -> None:
     assert ways(tokens=128, rows=1, packed=()) == ("native", "transformer")
     assert ways(tokens=1, rows=1, packed=("native",)) == ("native", "transformer")
     assert ways(tokens=128, rows=1000, packed=("native",)) == ("transformer",)
+
+
+def test_a_thread_has_to_be_worth_its_waits() -> None:
+    tiny = visible_model(CONFIGS["gpt2"])
+    assert pick_threads(tiny, 8) == 1
+    axes = {**GPT2, "width": 256, "heads": 4, "head_dim": 64, "kv_heads": 4, "mlp_width": 1024}
+    larger = visible_model(ModelConfig(**axes))
+    assert pick_threads(larger, 1) == 1
+    assert pick_threads(larger, 2) == 2
+    assert 2 < pick_threads(larger, 64) < 64
+    assert pick_threads(larger.bfloat16(), 64) < pick_threads(larger.float(), 64)
 
 
 @pytest.fixture
