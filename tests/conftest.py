@@ -89,6 +89,20 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a native library that is built once for all tests."""
+    from gptcli.core.native_build import build
+    from gptcli.errors import ResourceError
+
+    folder = tmp_path_factory.mktemp("native")
+    try:
+        build(folder)
+    except ResourceError as error:
+        pytest.skip(f"no native step here: {error.message}")
+    return folder
+
+
 def tiny_tokenizer() -> bytes:
     """A tokenizer.json of 300 tokens: <|endoftext|>, the 256 bytes, and 43 merges of the words below."""
     from gptcli.train.data import train_tokenizer

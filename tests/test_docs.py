@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from gptcli.cli.caches import native_cache
 from gptcli.cli.train_run import RATES
 from gptcli.errors import ExitCode
 from tests.conftest import ROOT, Gptcli
@@ -158,6 +159,13 @@ def test_models_and_train_fields_are_named(gptcli: Gptcli, tiny_folder: Path, tm
         (row,) = re.findall(rf"^\| `{event['event']}` \| (.*) \|$", part, flags=re.MULTILINE)
         values = {"none", "ddp", "fsdp"}  # of `parallel`
         assert set(re.findall(r"`([a-z_]+)`", row)) - values == set(event) - {"event", "step", "tokens"}
+
+
+def test_prepare_fields(gptcli: Gptcli, tiny_folder: Path, built: Path) -> None:
+    shutil.copytree(built, native_cache())
+    prepared = objects(gptcli("models", "prepare", str(tiny_folder), "--json").stdout)[0]
+    told = REFERENCE.split("\n`prepare`: ")[1].split("\n\n")[0]
+    assert set(re.findall(r"`([a-z_]+)`", told)) == set(prepared)
 
 
 def test_the_highest_learning_rates_are_told() -> None:

@@ -35,11 +35,14 @@ COMMANDS: dict[str, Entry] = {
     "train": Entry("Train a model on text, or fine-tune one.", "gptcli.cli.train:train"),
     "plot": Entry("Draw or compare the curves of training runs.", "gptcli.cli.plot:plot"),
     "models": Entry(
-        "See which models are here, and check them.",
+        "See which models are here, check and prepare them.",
         {
             "list": Entry("List the models on this machine.", "gptcli.cli.models:list_models"),
             "show": Entry("Show one model: its shape, size and files.", "gptcli.cli.models:show_model"),
             "verify": Entry("Check a model's files against its hashes and headers.", "gptcli.cli.models:verify_model"),
+            "prepare": Entry(
+                "Build once what makes a model fast on this machine.", "gptcli.cli.models_prepare:prepare"
+            ),
         },
     ),
 }

@@ -141,6 +141,7 @@ def generate(
     else:
         shown = out.on_terminal if echo is None else echo
         _write_text(out, job, runs, echo=shown, stream=stream)
+    out.detail(loaded.stepping.told)
     if stats:
         _tell_stats(out, job, runs)
 

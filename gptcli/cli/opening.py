@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gptcli.cli.caches import native_cache
 from gptcli.cli.out import Output
 from gptcli.errors import NotFoundError
 from gptcli.spec.library import DEFAULT_MODEL, Found, resolve
@@ -64,7 +65,7 @@ def open_for_inference(
 
         runtime.set_threads(threads)
         asked = {"device": device, "dtype": dtype, "quantize": quantize}
-        model = open_model(found.folder, tokenizer.result(), name=found.name, **asked)
+        model = open_model(found.folder, tokenizer.result(), name=found.name, native=native_cache(), **asked)
     bits = "" if model.quantize == "none" else f", its matrices in {model.quantize}"
     out.detail(f"{model.name} from {found.folder} on {model.device} in {model.dtype_name}{bits}")
     return model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from gptcli.core import runtime
 from gptcli.core.checkpoint import load_weights
 from gptcli.core.model import Transformer
 from gptcli.core.quantize import check_quantize, quantize_
+from gptcli.core.stepping import Stepping
 from gptcli.errors import UnsupportedError
 from gptcli.spec.config import ModelConfig, read_config
 from gptcli.spec.match import match_folder, stored_dtype
@@ -22,7 +23,11 @@ from gptcli.text.tokenizer import Tokenizer
 
 @dataclass
 class Model:
-    """A loaded model: what generates, scores and embeds."""
+    """A loaded model: what generates, scores and embeds.
+
+    Its ``stepping`` keeps what makes its steps fast, so that a process that lives long prepares it once; ``native`` is
+    the folder of native libraries, None for none.
+    """
 
     name: str
     config: ModelConfig
@@ -32,6 +37,11 @@ class Model:
     dtype: torch.dtype
     load_seconds: float = 0.0
     quantize: str = "none"
+    native: Path | None = None
+    stepping: Stepping = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.stepping = Stepping(self.transformer, self.native)
 
     @property
     def dtype_name(self) -> str:
@@ -51,6 +61,7 @@ def open_model(
     device: str = "auto",
     dtype: str = "auto",
     quantize: str = "none",
+    native: Path | None = None,
 ) -> Model:
     """Load a model folder for inference.
 
@@ -60,6 +71,7 @@ def open_model(
         name: what to call it in reports; the folder's name by default.
         device, dtype: as ``runtime.pick_device`` and ``runtime.pick_dtype`` take them.
         quantize: ``int8`` or ``int4`` keeps the matrices in so many bits (``core/quantize.py``); ``none`` as they are.
+        native: the folder where ``native_build`` puts its libraries; None: steps are PyTorch's.
 
     Raises NotFoundError, CorruptError, UnsupportedError (the folder), ResourceError (the device, memory), UsageError
     (a name that is none of these, a device where nothing is quantized).
@@ -77,7 +89,7 @@ def open_model(
     if quantize != "none":
         quantize_(transformer, quantize)
     seconds = time.perf_counter() - start
-    return Model(name or folder.name, config, transformer, tokenizer, target, kind, seconds, quantize)
+    return Model(name or folder.name, config, transformer, tokenizer, target, kind, seconds, quantize, native)
 
 
 def new_transformer(config: ModelConfig) -> Transformer:

@@ -1,4 +1,4 @@
-"""The decoder: fill the cache with prompts, then step a token at a time. Eager, on any device."""
+"""The decoder: fill the cache with prompts, then step a token at a time; on any device."""
 
 from __future__ import annotations
 
@@ -9,14 +9,20 @@ from torch import Tensor
 
 from gptcli.core.cache import KVCache
 from gptcli.core.model import Transformer
+from gptcli.core.stepping import StepFunction, Stepping
 
 
 class Decoder:
-    """Runs one transformer over a batch of rows that grow together."""
+    """Runs one transformer over a batch of rows that grow together.
 
-    def __init__(self, transformer: Transformer) -> None:
+    ``stepping`` knows faster ways than the transformer's own to take steps; without it there are none.
+    """
+
+    def __init__(self, transformer: Transformer, stepping: Stepping | None = None) -> None:
         self.transformer = transformer
+        self.stepping = stepping or Stepping(transformer)
         self._weight = transformer.embedding.weight
+        self._step: StepFunction | None = None  # chosen when the first is taken
         self.cache: KVCache | None = None
 
     @property
@@ -43,6 +49,7 @@ class Decoder:
             device=self._weight.device,
             dtype=self._weight.dtype,
         )
+        self._step = None
         last = torch.tensor(lengths, device=self._weight.device) - 1
         logits: Tensor = self.transformer(ids, self.cache, last=last)
         self.cache.set_lengths(lengths)
@@ -54,12 +61,18 @@ class Decoder:
     @torch.inference_mode()
     def step(self, tokens: Tensor) -> Tensor:
         """Add one token ``[B]`` to each row, in a larger cache if need be; the logits ``[B, V]`` of the next."""
-        if self.cache is not None and max(self.cache.lengths) >= self.cache.capacity:
+        if self.cache is None:
+            raise ValueError("a step comes after a prefill")
+        if self._step is None:
+            # What the cache has room for is what will be asked for.
+            room = self.cache.capacity - max(self.cache.lengths)
+            self._step = self.stepping.step(tokens=room, rows=len(self.cache.lengths))
+        if max(self.cache.lengths) >= self.cache.capacity:
             self.cache.grow(2 * self.cache.capacity)
-        logits: Tensor = self.transformer(tokens[:, None], self.cache)  # [B, 1, V]
-        return logits[:, -1]  # [B, V]
+        return self._step(tokens, self.cache)
 
     def select(self, rows: Sequence[int]) -> None:
         """Go on with these rows only."""
         if self.cache is not None:
             self.cache.select(rows)
+        self._step = None

@@ -160,7 +160,7 @@ def generate(
     if not rows:
         return
     start = time.perf_counter()
-    decoder = Decoder(model.transformer)
+    decoder = Decoder(model.transformer, model.stepping)
     logits = decoder.prefill([row.window for row in rows], _capacity(model, rows))
     runtime.synchronize(model.device)
     timing.prefill_seconds += time.perf_counter() - start

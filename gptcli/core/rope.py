@@ -17,10 +17,16 @@ def rotation(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype)
 
     Pair i turns by ``position * theta ** (-2i / D)``; computed in float32.
     """
-    pairs = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
-    angles = positions[:, None, :, None].float() * theta ** (-pairs / head_dim)  # [B, 1, T, D/2]
+    turns = frequencies(head_dim, theta, positions.device)
+    angles = positions[:, None, :, None].float() * turns  # [B, 1, T, D/2]
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def frequencies(head_dim: int, theta: float, device: torch.device) -> Tensor:
+    """By which angle each pair of dimensions turns from one position to the next: ``[D/2]`` float32, in radians."""
+    pairs = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32)
+    return theta ** (-pairs / head_dim)
 
 
 def rotate(x: Tensor, turn: Rotation) -> Tensor:

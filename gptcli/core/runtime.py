@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import platform
 import re
 import secrets
 import time
@@ -118,6 +119,30 @@ def set_threads(count: int | None) -> None:
         if count < 1:
             raise UsageError(f"--threads {count} is less than 1", "give at least 1")
         torch.set_num_threads(count)
+
+
+def threads() -> int:
+    """How many CPU threads are used."""
+    return torch.get_num_threads()
+
+
+def machine() -> str:
+    """The kind of CPU: ``x86_64``, ``arm64``, ``aarch64``, ..."""
+    return platform.machine().lower()
+
+
+def cpu_features() -> str:
+    """The kind of CPU and the names of what it can do, in one line; the same text, the same programs run."""
+    with contextlib.suppress(OSError):
+        for line in open("/proc/cpuinfo"):  # noqa: SIM115
+            if line.startswith(("flags", "Features")):
+                return f"{machine()} {' '.join(sorted(line.partition(':')[2].split()))}"
+    return f"{machine()} {platform.processor()}"
+
+
+def chosen_compiler() -> str | None:
+    """The C++ compiler that the environment asks for (CXX), perhaps with arguments; None where it asks for none."""
+    return os.environ.get("CXX") or None
 
 
 def draw_seed() -> int:

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from gptcli.cli.caches import token_cache
+from gptcli.cli.caches import native_cache, token_cache
 
 
 def test_prepared_data_is_kept_in_the_users_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
     assert token_cache() == Path("/somewhere/gptcli/tokens")
+    assert native_cache() == Path("/somewhere/gptcli/native")
     monkeypatch.setenv("HOME", "/home/someone")
     for unset in ("", None):
         if unset is None:
