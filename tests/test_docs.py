@@ -23,7 +23,7 @@ README = (ROOT / "README.md").read_text()
 
 def documented(section: str) -> set[str]:
     """The names in the first column of a section's table."""
-    part = REFERENCE.split(f"\n### {section}\n")[1].split("\n#")[0]
+    part = re.split(rf"\n###+ {re.escape(section)}\n", REFERENCE)[1].split("\n#")[0]
     rows = [line.split("|")[1] for line in part.splitlines() if line.startswith("| `")]
     return {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
 
@@ -60,6 +60,51 @@ def test_predict_fields(gptcli: Gptcli, tiny_folder: Path) -> None:
         assert set(value) <= set(re.findall(r"`([a-z_]+)`", row))
 
 
+def test_score_fields(gptcli: Gptcli, tiny_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("a b")
+    common = ("score", "--json", "-m", str(tiny_folder), "-f", str(tmp_path / "a"), "c")
+    values = [value for more in ([], ["--lines"]) for value in objects(gptcli(*common, *more).stdout)]
+    assert documented("score") == {name for value in values for name in value}
+    assert set(values[0]["tokens"][0]) == {"id", "text", "bits"}  # type: ignore[index]
+
+
+def test_embed_fields(gptcli: Gptcli, tiny_folder: Path, tmp_path: Path) -> None:
+    common = ("embed", "--json", "-m", str(tiny_folder))
+    runs = [
+        ("a b", "c"),
+        (" the", "--nearest", "2"),
+        ("--expression", '" the" - "a"'),
+        ("--direction", '" the" - "a"', "b"),
+        ("a b", "c", "--similarity"),
+        ("a", "b", "c", "--plot", "--table", "embedding"),
+        ("a b", "--output", str(tmp_path / "out.npy")),
+    ]
+    found = [objects(gptcli(*common, *run).stdout)[0] for run in runs]
+    assert documented("embed") == {name for value in found for name in value}
+    assert set(found[0]) == {"model", "pool", "layer", "dimensions", "items", "device", "dtype"}
+    assert set(found[1]) == {"model", "table", "expression", "excluded", "nearest", "device", "dtype"}
+    inner = {name for value in found for key in ("items", "nearest", "words") for name in value.get(key, [{}])[0]}
+    assert inner == {"text", "tokens", "vector", "x", "y", "id", "cosine", "projection"}
+
+
+def test_trace_fields(gptcli: Gptcli, tiny_folder: Path) -> None:
+    done = gptcli("trace", "a b", "-m", str(tiny_folder), "--json", "--lens", "--attention", "-n", "2")
+    (told,) = objects(done.stdout)
+    assert documented("trace") == set(told)
+    part = REFERENCE.split("\n### trace\n")[1].split("\n### ")[0]
+    rows = {name: row for row in part.splitlines() for name in re.findall(r"^\| `([a-z_]+)`", row)}
+    inner: dict[str, object] = {"stages": told["stages"], "lens": told["lens"], "then": told["then"]}  # lists
+    for name, value in [*((name, told[name]) for name in ("next", "drawn", "attention")), *inner.items()]:
+        first = value[0] if isinstance(value, list) else value
+        assert isinstance(first, dict)
+        assert set(first) <= set(re.findall(r"`([a-z_]+)`", rows[name])), name
+    stages = told["stages"]
+    assert isinstance(stages, list)
+    kinds = {re.sub(r"^blocks\.\d+", "blocks.N", stage["name"]) for stage in stages}
+    for kind in kinds:
+        assert f"`{kind}`" in part or f"`.{kind.rpartition('.')[2]}`" in part, kind
+
+
 def test_tokenize_fields(gptcli: Gptcli, tiny_folder: Path) -> None:
     common = ("tokenize", "--json", "-m", str(tiny_folder))
     runs = [("a b",), ("a b", "--count"), ("a b", "--truncate", "1"), ("a b", "--split", "1"), ("65", "--decode")]
@@ -67,10 +112,31 @@ def test_tokenize_fields(gptcli: Gptcli, tiny_folder: Path) -> None:
     assert documented("tokenize") == seen
 
 
-def test_count_params_fields(gptcli: Gptcli) -> None:
-    report = objects(gptcli("count-params", "gpt3", "--json").stdout)[0]
-    assert documented("count-params") == set(report)
-    assert (report["matrices"], report["matrix_parameters"]) == (27938, 175181291520)
+def names_in(value: object) -> set[str]:
+    """The names of the fields of an object, and of the objects in it."""
+    if isinstance(value, list):
+        return set().union(*map(names_in, value))
+    return set(value).union(*map(names_in, value.values())) if isinstance(value, dict) else set()
+
+
+def test_count_params_fields(gptcli: Gptcli, tiny_folder: Path) -> None:
+    common = ("count-params", "--json")
+    views = [(), ("--by", "layer"), ("--by", "tensor"), ("--memory", "--flops", "--gpus", "8x80GB")]
+    shown = [objects(gptcli(*common, "gpt3", *view).stdout)[0] for view in views]
+    assert (shown[0]["matrices"], shown[0]["matrix_parameters"]) == (27938, 175181291520)
+    assert documented("count-params") == {name for value in shown for name in value}
+    assert documented("count-params --flops") == names_in(shown[-1]["flops"])
+    told = set(re.findall(r"`([a-z_]+)`", REFERENCE))
+    assert {name for value in shown for key in value if key != "config" for name in names_in(value[key])} <= told
+
+
+def test_count_params_compares_fields(gptcli: Gptcli, tiny_folder: Path) -> None:
+    (two,) = objects(gptcli("count-params", "--diff", "gpt2", "gpt3", "--by", "layer", "--json").stdout)
+    assert documented("count-params --diff A B") == set(two)
+    (held,) = objects(gptcli("count-params", "gpt2", "--check", str(tiny_folder), "--json").stdout)
+    assert documented("count-params MODEL --check FILE") == set(held)
+    told = set(re.findall(r"`([a-z_]+)`", REFERENCE.split("\n#### count-params --diff A B\n")[1].split("\n### ")[0]))
+    assert names_in([two, held]) <= told
 
 
 def test_models_and_train_fields_are_named(gptcli: Gptcli, tiny_folder: Path, tmp_path: Path) -> None:

@@ -28,6 +28,9 @@ class Entry(NamedTuple):
 COMMANDS: dict[str, Entry] = {
     "generate": Entry("Continue a text, streaming.", "gptcli.cli.generate:generate"),
     "predict": Entry("Show what may come next, as bars.", "gptcli.cli.predict:predict"),
+    "score": Entry("Show how surprising each token of a text is.", "gptcli.cli.score:score"),
+    "embed": Entry("Turn texts into vectors, or explore the embedding table.", "gptcli.cli.embed:embed"),
+    "trace": Entry("Follow one prediction through the model.", "gptcli.cli.trace:trace"),
     "tokenize": Entry("See, count, cut and split the tokens of a text.", "gptcli.cli.tokenize:tokenize"),
     "count-params": Entry("Report a model's parameters, matrix by matrix.", "gptcli.cli.count_params:count_params"),
     "train": Entry("Train a model on text, or fine-tune one.", "gptcli.cli.train:train"),

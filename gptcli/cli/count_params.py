@@ -1,26 +1,21 @@
-"""``gptcli count-params``: the parameter report, as the lecture's closing table draws it."""
+"""``gptcli count-params``: the parameter report, as the lecture's closing table draws it, and what follows from it."""
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from gptcli.cli import options
-from gptcli.cli.out import Output, harmless
-from gptcli.errors import GptcliError, NotFoundError, UsageError
-from gptcli.spec.config import ModelConfig, read_config
-from gptcli.spec.library import DEFAULT_MODEL, local_path, resolve
-from gptcli.spec.params import ParamCount
+from gptcli.cli.count_open import config_beside, find_config, only_config
+from gptcli.cli.count_views import BY, headline, view_csv, view_json, view_markdown, view_text
+from gptcli.cli.out import Output
+from gptcli.errors import UsageError
+from gptcli.spec.library import DEFAULT_MODEL
 from gptcli.spec.params import count_params as count
-from gptcli.spec.presets import NAMES, read_preset
 
 FORMATS = ("table", "json", "csv", "markdown")
-_BAR = 20
 
 
 def count_params(
@@ -30,6 +25,27 @@ def count_params(
         typer.Argument(metavar="MODEL", help="Presets, models, folders, config.json or .safetensors files."),
     ] = None,
     model: options.Model = None,
+    by: Annotated[str, typer.Option("--by", metavar="|".join(BY), help="What a row is.")] = BY[0],
+    memory: Annotated[
+        bool, typer.Option("--memory", help="Weights, KV cache, gradients and optimizer state, in each type.")
+    ] = False,
+    flops: Annotated[
+        bool, typer.Option("--flops", help="Operations a token forward, in training, of a prompt.")
+    ] = False,
+    gpus: Annotated[
+        str | None, typer.Option("--gpus", metavar="SIZE", help="How many cards, and the split: 80GB, or 8x80GB.")
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option("--context", metavar="T", help="Tokens for these three; the model's own by default.")
+    ] = None,
+    sequences: Annotated[
+        int, typer.Option("--sequences", metavar="B", help="Texts answered at once, for --memory and --gpus.")
+    ] = 1,
+    diff: Annotated[bool, typer.Option("--diff", help="Two models side by side.")] = False,
+    check: Annotated[
+        str | None,
+        typer.Option("--check", metavar="FILE", help="Whether a file or folder holds what MODEL wants; exit 6 if not."),
+    ] = None,
     format: Annotated[
         str | None, typer.Option("--format", metavar="|".join(FORMATS), help="How to show it; table by default.")
     ] = None,
@@ -40,175 +56,87 @@ def count_params(
     gpt3-6.7b, gpt3-13b, gpt3. No tensor is read.
     """
     out: Output = ctx.obj
-    options.choice("--format", format or "table", FORMATS)
-    for number, name in enumerate(models or [model or DEFAULT_MODEL]):
-        title, config = find_config(name, out)
-        report = count(config)
-        if out.json:
-            out.record(as_json(title, report))
-        elif format == "csv":
-            out.data(_as_csv(title, report, header=number == 0), end="")
-        elif format == "markdown":
-            out.data(("\n" if number else "") + _as_markdown(title, report))
-        else:
-            out.data(("\n" if number else "") + _as_table(title, report, out))
-
-
-def find_config(name: str, out: Output) -> tuple[str, ModelConfig]:
-    """The title and configuration of what a name stands for; a folder or weight file is checked against its headers."""
-    if name in NAMES:
-        return name, read_preset(name)
-    path = local_path(name)
-    if path is not None and path.is_file():
-        return str(name), _config_of_file(path, out)
-    from gptcli.spec.match import match_folder
-
-    try:
-        found = resolve(name)
-    except NotFoundError as error:
-        raise NotFoundError(error.message, f"{error.hint}; presets: {', '.join(NAMES)}") from None
-    config = read_config(found.folder)
-    if _has_weights(found.folder):
-        match_folder(found.folder, config)
+    shown = options.choice("--format", format or "table", FORMATS)
+    options.choice("--by", by, BY)
+    names = models or [model or DEFAULT_MODEL]
+    _refuse_mixtures(ctx, diff, check, beyond=memory or flops or gpus is not None)
+    if diff:
+        _diff(names if models else [], by, shown, out)
+    elif check is not None:
+        named = options.strength(ctx, "model") == options.TYPED
+        _check(models or ([model] if model and named else []), check, shown, out)
     else:
-        out.note(f"{name} holds no weights; counted from its config.json")
-    return found.name, config
+        from gptcli.cli.count_paper import Asked
+
+        asked = Asked(memory, flops, gpus, context, sequences)
+        _report(names, by, options.strength(ctx, "by") == options.TYPED, asked, shown, out)
 
 
-def _has_weights(folder: Path) -> bool:
-    from gptcli.spec.index import FILE_NAME, INDEX_NAME
-
-    return (folder / FILE_NAME).exists() or (folder / INDEX_NAME).exists()
-
-
-def _config_of_file(path: Path, out: Output) -> ModelConfig:
-    from gptcli.spec.index import read_header, read_index
-    from gptcli.spec.infer import ASSUMED_HEAD_DIM, infer_config
-    from gptcli.spec.match import match
-
-    if path.name.endswith(".index.json"):
-        infos = read_index(path)
-    elif path.suffix == ".safetensors":
-        infos = read_header(path)
-    elif path.suffix == ".json":
-        return read_config(path)
-    else:
-        raise UsageError(f"{path} is no config.json, .safetensors file or index", "see gptcli count-params --help")
-    beside = path.parent / "config.json"
-    if beside.is_file():
-        config = read_config(beside)
-    else:
-        config = infer_config(infos, str(path))
-        out.note(f"no config.json beside {path.name}: heads of {ASSUMED_HEAD_DIM} are assumed, as in GPT-2")
-    try:
-        match(infos, config, str(path))
-    except GptcliError as error:
-        hint = "count the index.json or the folder, not one shard" if "-of-" in path.name else error.hint
-        raise type(error)(error.message, hint) from None
-    return config
-
-
-def as_json(title: str, report: ParamCount) -> dict[str, Any]:
-    """The contract's object."""
-    return {
-        "model": title,
-        "config": report.config.to_dict(),
-        "categories": [
-            {
-                "name": row.name,
-                "matrices": row.matrices,
-                "shape": list(row.shape),
-                "parameters": row.parameters,
-                "percent": _percent(report, row.parameters),
-                "tied": row.tied,
-            }
-            for row in report.categories
-        ],
-        "matrices": report.matrices,
-        "matrix_parameters": report.matrix_parameters,
-        "other": [{"name": name, "parameters": parameters} for name, parameters in report.other],
-        "total": report.total,
-        "total_stored": report.total_stored,
-        "tied": report.config.tied,
+def _refuse_mixtures(ctx: typer.Context, diff: bool, check: str | None, *, beyond: bool) -> None:
+    """What was typed has to make sense together; settings that do not matter are passed over."""
+    typed = {
+        name: f"--{name}"
+        for name in ("memory", "flops", "gpus", "context", "sequences", "diff", "check")
+        if options.strength(ctx, name) == options.TYPED
     }
+    if diff or check is not None:
+        mode = "diff" if diff else "check"
+        if others := [flag for name, flag in typed.items() if name != mode]:
+            raise UsageError(f"--{mode} and {others[0]} do not go together", "give one of them")
+    elif typed.keys() & {"context", "sequences"} and not beyond:
+        raise UsageError("--context and --sequences say nothing alone", "add --memory, --flops or --gpus SIZE")
 
 
-def _percent(report: ParamCount, parameters: int) -> float:
-    """Of all that stands in matrices, so that the eight rows make up 100."""
-    return 100 * parameters / report.matrix_parameters
+def _report(names: Sequence[str], by: str, by_typed: bool, asked: Any, format: str, out: Output) -> None:
+    """Each model in turn. What is asked beyond parameters takes the table's place, unless ``--by`` asks for both."""
+    if asked and by_typed and format == "csv":
+        raise UsageError("CSV is one table: either --by, or --memory, --flops and --gpus", "leave one of them out")
+    for number, name in enumerate(names):
+        counted = find_config(name, out)
+        report = count(counted.config)
+        found, tables = {}, []
+        if asked:
+            from gptcli.cli import count_paper
+            from gptcli.cli.table import as_csv, as_markdown, as_text
+
+            found = count_paper.figures(counted.config, asked)
+            tables = count_paper.tables(found)
+        if out.json:
+            out.record({**view_json(counted, report, by), **found})
+        elif format == "csv" and asked:
+            rows: list[Sequence[object]] = [] if number else [("model", "name", "value")]
+            out.data(as_csv([*rows, *count_paper.csv_rows(counted.title, found)]), end="")
+        elif format == "csv":
+            out.data(view_csv(counted, report, by, header=number == 0), end="")
+        elif format == "markdown":
+            parts = [view_markdown(counted, report, by)] if by_typed or not asked else []
+            parts += [as_markdown(table) for table in tables]
+            out.data(("\n" if number else "") + "\n\n".join("\n".join(part) for part in parts))
+        else:
+            head = headline(counted, out)
+            if by_typed or not asked:
+                head += view_text(counted, report, by, out)
+            parts = [head, *(as_text(table, out) for table in tables)]
+            out.data(("\n" if number else "") + "\n\n".join("\n".join(part) for part in parts))
 
 
-def _rows(report: ParamCount) -> list[tuple[str, str, str, int, float]]:
-    """Name, shape, matrices, parameters, percent for the eight rows."""
-    return [
-        (
-            row.name + (" (tied)" if row.tied else ""),
-            f"{row.shape[0]:,} x {row.shape[1]:,}",
-            f"{row.matrices:,}",
-            row.parameters,
-            _percent(report, row.parameters),
-        )
-        for row in report.categories
-    ]
+def _diff(names: Sequence[str], by: str, format: str, out: Output) -> None:
+    if len(names) != 2:
+        raise UsageError(f"--diff takes two models, not {len(names)}", "gptcli count-params --diff A B")
+    from dataclasses import replace
+
+    from gptcli.cli.count_compare import show_diff
+
+    a, b = (find_config(name, out) for name in names)
+    if a.title == b.title:  # two folders of one name
+        a, b = (replace(counted, title=name) for counted, name in zip((a, b), names, strict=True))
+    show_diff(a, b, by, format, out)
 
 
-def _as_table(title: str, report: ParamCount, out: Output) -> str:
-    config = report.config
-    rows = _rows(report)
-    name = max(len(row[0]) for row in rows)
-    shape = max(len(row[1]) for row in rows)
-    matrices = max(len(row[2]) for row in rows)
-    parameters = max(len(f"{value:,}") for value in (report.total, report.matrix_parameters))
-    lines = [
-        out.style(harmless(title), "bold")
-        + f"  {config.layers} layers, width {config.width:,}, {config.heads} heads of {config.head_dim}, "
-        f"vocabulary {config.vocab_size:,}, context {config.context:,}"
-    ]
-    for row in rows:
-        bar = _bar(row[4]) if out.on_terminal else ""
-        size = f"{row[1]:>{shape}} x {row[2]:>{matrices}}"
-        lines.append(f"{row[0]:<{name}}  {size}  {row[3]:>{parameters},}  {row[4]:5.1f} %  {bar}".rstrip())
-    before = name + 2 + shape + 3 + matrices + 2
-    rule = out.style("-" * (before + parameters), "dim")
-    lines.append(rule)
-    lines.append(f"{f'{report.matrices:,} matrices':<{before}}{report.matrix_parameters:>{parameters},}")
-    lines += [f"{label:<{before}}{value:>{parameters},}" for label, value in report.other]
-    lines.append(rule)
-    lines.append(out.style(f"{'Total':<{before}}{report.total:>{parameters},}", "bold"))
-    if config.tied:
-        lines.append(f"{'Stored (the tied matrix once)':<{before}}{report.total_stored:>{parameters},}")
-    return "\n".join(lines)
+def _check(names: Sequence[str], file: str, format: str, out: Output) -> None:
+    """Without a name the configuration is the one beside the file."""
+    if len(names) > 1:
+        raise UsageError(f"--check takes one model, not {len(names)}", "gptcli count-params MODEL --check FILE")
+    from gptcli.cli.count_compare import show_check
 
-
-def _bar(percent: float) -> str:
-    eighths = round(percent / 100 * _BAR * 8)
-    return "█" * (eighths // 8) + ("", "▏", "▎", "▍", "▌", "▋", "▊", "▉")[eighths % 8]
-
-
-def _as_markdown(title: str, report: ParamCount) -> str:
-    lines = [f"| {title} | shape | matrices | parameters | % |", "|---|---:|---:|---:|---:|"]
-    lines += [
-        f"| {name} | {shape} | {count} | {value:,} | {share:.1f} |"
-        for name, shape, count, value, share in _rows(report)
-    ]
-    lines.append(f"| **In matrices** | | {report.matrices:,} | {report.matrix_parameters:,} | 100.0 |")
-    lines += [f"| {label} | | | {value:,} | |" for label, value in report.other]
-    lines.append(f"| **Total** | | | **{report.total:,}** | |")
-    if report.config.tied:
-        lines.append(f"| Stored (the tied matrix once) | | | {report.total_stored:,} | |")
-    return "\n".join(lines)
-
-
-def _as_csv(title: str, report: ParamCount, *, header: bool) -> str:
-    """Plain numbers for a sheet; one model below the other."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    if header:
-        writer.writerow(["model", "name", "matrices", "rows", "columns", "parameters", "percent", "tied"])
-    for row in report.categories:
-        share = _percent(report, row.parameters)
-        writer.writerow([title, row.name, row.matrices, *row.shape, row.parameters, share, str(row.tied).lower()])
-    others: Sequence[tuple[str, int]] = [*report.other, ("Total", report.total), ("Stored", report.total_stored)]
-    for label, value in others:
-        writer.writerow([title, label, "", "", "", value, "", ""])
-    return text.getvalue()
+    show_check(only_config(names[0], out) if names else config_beside(file), file, format, out)

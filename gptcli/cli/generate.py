@@ -14,13 +14,12 @@ from gptcli.cli import options
 from gptcli.cli.input import ERRORS, Source, one_text, sources
 from gptcli.cli.out import Output
 from gptcli.errors import CorruptError, UsageError
+from gptcli.text.documents import SEPARATOR
 
 if TYPE_CHECKING:
     from gptcli.core.build import Model
     from gptcli.core.generate import Choice, Step, Timing
     from gptcli.core.settings import Sampling
-
-_SEPARATOR = "<|endoftext|>"
 
 # Rows that are decoded together; more wait for their turn.
 _ROWS_AT_ONCE = 16
@@ -286,7 +285,7 @@ def _write_text(out: Output, job: _Job, runs: list[_Run], *, echo: bool, stream:
             if out.on_terminal:
                 out.data(out.style(f"--- {index} (seed {run.seed})", "bold"))
             elif index:
-                out.data(_SEPARATOR)
+                out.data(SEPARATOR)
             text = (run.prompt.text if echo else "") + run.text
             out.text(text if text.endswith("\n") else text + "\n")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import stat
 import sys
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,20 @@ class Source:
     path: Path | None = None
     data: bytes | None = None
     strip: bool = False
+
+    @property
+    def is_stdin(self) -> bool:
+        return self.path is None and self.data is None
+
+    def size(self) -> int | None:
+        """Its bytes, where that is known before it is read: not of a pipe."""
+        if self.data is not None:
+            return len(self.data)
+        try:
+            found = os.fstat(sys.stdin.fileno()) if self.path is None else self.path.stat()
+        except (AttributeError, OSError, ValueError):
+            return None
+        return found.st_size if stat.S_ISREG(found.st_mode) else None
 
     def chunks(self, errors: str = "strict") -> Iterator[str]:
         """The text in pieces; raises CorruptError for bytes that are not UTF-8, with their offset in bytes."""
@@ -106,6 +121,14 @@ def stdin_has_data() -> bool:
     except (AttributeError, OSError, ValueError):  # closed, or no real file
         return False
     return stat.S_ISFIFO(mode) or stat.S_ISREG(mode) or stat.S_ISSOCK(mode)
+
+
+def stdin_is_idle() -> bool:
+    """Whether nothing more has come yet, so that whoever reads would wait."""
+    try:
+        return not select.select([sys.stdin.fileno()], [], [], 0)[0]
+    except (OSError, ValueError):
+        return False
 
 
 class _Utf8:

@@ -9,6 +9,7 @@ import typer
 
 from gptcli.cli import options
 from gptcli.cli.out import Output, harmless
+from gptcli.cli.units import byte_text
 from gptcli.errors import CheckError, CorruptError, GptcliError, NotFoundError, UnsupportedError
 from gptcli.spec.config import ModelConfig, read_config
 from gptcli.spec.library import DEFAULT_MODEL, Found, all_models, resolve, verify_hashes
@@ -37,10 +38,12 @@ def list_models(ctx: typer.Context) -> None:
     rows = [("NAME", "FAMILY", "PARAMETERS", "TYPE", "SIZE", "FROM")]
     for entry in entries:
         if entry["problem"]:
-            rows.append((entry["name"], "-", "-", "-", _size(entry["bytes"]), f"{entry['source']}: {entry['problem']}"))
+            rows.append(
+                (entry["name"], "-", "-", "-", byte_text(entry["bytes"]), f"{entry['source']}: {entry['problem']}")
+            )
             continue
         count = f"{entry['parameters']:,}"
-        rows.append((entry["name"], entry["family"], count, entry["dtype"], _size(entry["bytes"]), entry["source"]))
+        rows.append((entry["name"], entry["family"], count, entry["dtype"], byte_text(entry["bytes"]), entry["source"]))
     _columns(out, rows)
 
 
@@ -74,12 +77,12 @@ def show_model(ctx: typer.Context, name: Name = None, model: options.Model = Non
         "shape": f"{config.layers} layers, width {config.width:,}, {config.heads} heads of {config.head_dim}",
         "vocabulary": f"{config.vocab_size:,}",
         "context": f"{config.context:,} tokens",
-        "size": _size(sum(files.values())),
+        "size": byte_text(sum(files.values())),
     }
     for label, value in facts.items():
         out.data(f"{out.style(f'{label:<11}', 'bold')} {harmless(value)}")
     for file, size in files.items():
-        out.data(f"  {harmless(file):<32} {_size(size):>9}")
+        out.data(f"  {harmless(file):<32} {byte_text(size):>9}")
 
 
 def verify_model(ctx: typer.Context, name: Name = None, model: options.Model = None) -> None:
@@ -134,13 +137,3 @@ def _columns(out: Output, rows: Sequence[tuple[str, ...]]) -> None:
     for number, row in enumerate(rows):
         line = "  ".join(harmless(cell).ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         out.data(out.style(line, "bold") if number == 0 else line)
-
-
-def _size(count: int) -> str:
-    """Bytes for people, in powers of 1,000."""
-    value = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.1f} TB"

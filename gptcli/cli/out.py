@@ -106,6 +106,21 @@ class Output:
         if flush:
             self.stdout.flush()
 
+    def painted(self, text: str) -> None:
+        """Write to stdout text that ``harmless`` has seen, where a person reads it, with colours of our own around."""
+        self.stdout.write(text)
+        if text:
+            self._line_open = not text.endswith("\n")
+        self.stdout.flush()
+
+    def part(self) -> None:
+        """On a terminal, let talk begin on a line of its own, with not a byte more on stdout if stderr is there too."""
+        if self.on_terminal and self._line_open and self.talks_to_terminal:
+            self.stdout.flush()
+            self._line_open = False
+            self._say("")
+        self.end_line()
+
     def end_line(self) -> None:
         """On a terminal, end the line if it is open, so that the prompt stands on its own; off one, add nothing."""
         if self.on_terminal and self._line_open:
@@ -161,6 +176,11 @@ class Output:
     def stats(self, message: str) -> None:
         """Say on stderr what was asked for by its own option, quiet or not."""
         self._say(harmless(message))
+
+    def talk(self, line: str) -> None:
+        """Say a line of our own making, coloured or not, on stderr; a quiet user does without."""
+        if not self.quiet:
+            self._say(line)
 
     def warn(self, message: str) -> None:
         """Say on stderr that something is off, though not wrong."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gptcli.cli import options, predict_bars
+from gptcli.cli.distribution import as_json
 from gptcli.cli.input import ERRORS, Source, one_text, sources
 from gptcli.cli.out import Output
 from gptcli.cli.tokens import quoted
@@ -18,7 +19,7 @@ from gptcli.errors import LimitError, UsageError
 
 if TYPE_CHECKING:
     from gptcli.core.build import Model
-    from gptcli.core.predict import Continuation, Distribution
+    from gptcli.core.predict import Continuation
 
 # Lines of --lines that are read before they are computed together.
 _LINES_AT_ONCE = 64
@@ -203,7 +204,7 @@ class _Work:
         for prompt, logits in zip(prompts, next_logits_batch(self.model, [each.ids for each in prompts]), strict=True):
             found = [distribution(logits, temperature, self.top) for temperature in self.temperatures]
             if self.out.json:
-                blocks = [self._block(each) for each in found]
+                blocks = [as_json(each, self.model.tokenizer) for each in found]
                 self._record(prompt, blocks[0] if len(blocks) == 1 else {"temperatures": blocks})
             elif self.out.on_terminal:
                 tokens = [self._shown(candidate.id) for candidate in found[0].top]
@@ -268,22 +269,6 @@ class _Work:
         index = {"index": prompt.number - 1} if self.asked.lines else {}
         of_prompt = {"model": self.model.name, "prompt": prompt.text, "tokens": prompt.ids}
         self.out.record(index | of_prompt | answer | {"device": str(self.model.device), "dtype": self.model.dtype_name})
-
-    def _block(self, found: Distribution) -> dict[str, Any]:
-        return {
-            "temperature": found.temperature,
-            "entropy_bits": found.entropy_bits,
-            "others": found.others,
-            "top": [
-                {
-                    "id": each.id,
-                    "text": self.model.tokenizer.decode([each.id]),
-                    "logit": each.logit,
-                    "probability": each.probability,
-                }
-                for each in found.top
-            ],
-        }
 
     def _choice(self, text: str, scored: Continuation, chance: float) -> dict[str, Any]:
         return {

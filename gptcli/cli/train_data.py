@@ -175,7 +175,15 @@ def _read_examples(
             said.note(
                 f"the longest of {name} is {examples.longest:,} tokens: beyond {size.context:,} it is learnt in parts"
             )
-        return Corpus(name, examples.tokens, examples.documents, examples.text_bytes, start_id, examples.learnt)
+        return Corpus(
+            name,
+            examples.tokens,
+            examples.documents,
+            examples.text_bytes,
+            start_id,
+            examples.learnt,
+            examples.starts,
+        )
 
     learnt, held = examples_of(asked.data, words, template, start_id, held_out=0.0 if asked.valid else _HELD_OUT)
     corpora = [corpus("the data", learnt)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,20 +77,50 @@ def match(infos: Mapping[str, TensorInfo], config: ModelConfig, where: str) -> M
 
     Raises CorruptError that lists the tensors which are missing, left over, of the wrong shape or of an integer type.
     """
-    found, missing, extra = match_names(config, infos)
-    faults = [f"missing: {_list(missing)}"] if missing else []
-    faults += [f"left over: {_list(extra)}"] if extra else []
-    layout = disk_layout(config)
-    for name, theirs in found.items():
-        info = infos[theirs]
-        if info.shape != layout[name].shape:
-            faults.append(f"{theirs} is {list(info.shape)}, and the configuration wants {list(layout[name].shape)}")
-        elif info.dtype not in DTYPE_NAMES:
-            faults.append(f"{theirs} is of type {info.dtype}, and weights are {', '.join(DTYPE_NAMES)}")
-    if faults:
-        message = f"the weights in {where} do not fit the configuration: {'; '.join(faults[:4])}"
+    result = compare(infos, config)
+    if not result.ok:
+        message = f"the weights in {where} do not fit the configuration: {'; '.join(result.faults()[:4])}"
         raise CorruptError(message, "download or save the folder again, or check config.json")
-    return {name: (theirs, infos[theirs]) for name, theirs in found.items()}
+    return result.matched
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What headers hold beside what a configuration wants; names are those in the file, missing ones as written."""
+
+    matched: Matched
+    missing: tuple[str, ...]
+    left_over: tuple[str, ...]
+    wrong_shape: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]  # name, its shape, the shape that is wanted
+    wrong_type: tuple[tuple[str, str], ...]  # name, its type, which no weight has
+
+    @property
+    def ok(self) -> bool:
+        return not (self.missing or self.left_over or self.wrong_shape or self.wrong_type)
+
+    def faults(self) -> list[str]:
+        """In words; missing and left-over names are listed together, and only the first few."""
+        faults = [f"missing: {_list(self.missing)}"] if self.missing else []
+        faults += [f"left over: {_list(self.left_over)}"] if self.left_over else []
+        faults += [
+            f"{name} is {list(shape)}, and the configuration wants {list(wanted)}"
+            for name, shape, wanted in self.wrong_shape
+        ]
+        kinds = ", ".join(DTYPE_NAMES)
+        return faults + [f"{name} is of type {dtype}, and weights are {kinds}" for name, dtype in self.wrong_type]
+
+
+def compare(infos: Mapping[str, TensorInfo], config: ModelConfig) -> Comparison:
+    """Hold the tensors that headers declare against a configuration; differences are data, not errors."""
+    found, missing, extra = match_names(config, infos)
+    layout = disk_layout(config)
+    held = {name: (theirs, infos[theirs]) for name, theirs in found.items()}
+    shapes = [(theirs, info.shape, layout[name].shape) for name, (theirs, info) in held.items()]
+    wrong_shape = tuple(each for each in shapes if each[1] != each[2])
+    misshapen = {name for name, _, _ in wrong_shape}
+    types = [(theirs, info.dtype) for theirs, info in held.values() if theirs not in misshapen]
+    wrong_type = tuple(each for each in types if each[1] not in DTYPE_NAMES)
+    return Comparison(held, tuple(missing), tuple(extra), wrong_shape, wrong_type)
 
 
 def stored_dtype(matched: Matched) -> str:
@@ -101,6 +131,6 @@ def stored_dtype(matched: Matched) -> str:
     return DTYPE_NAMES[max(counts, key=counts.__getitem__)]
 
 
-def _list(names: list[str]) -> str:
+def _list(names: Sequence[str]) -> str:
     shown = ", ".join(sorted(names)[:5])
     return f"{shown} and {len(names) - 5} more" if len(names) > 5 else shown

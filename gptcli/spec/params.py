@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from gptcli.spec.config import ModelConfig
@@ -37,6 +38,10 @@ class Tensor:
     @property
     def parameters(self) -> int:
         return prod(self.shape)
+
+    @property
+    def is_block_matrix(self) -> bool:
+        return self.layer is not None and len(self.shape) > 1
 
 
 def tensors(config: ModelConfig) -> Iterator[Tensor]:
@@ -78,6 +83,11 @@ def _norm(config: ModelConfig, name: str, layer: int | None) -> Iterator[Tensor]
     yield Tensor(f"{name}.weight", (config.width,), "Norms", layer)
     if config.norm == "layernorm":
         yield Tensor(f"{name}.bias", (config.width,), "Norms", layer)
+
+
+def grouped(config: ModelConfig) -> Counter[Tensor]:
+    """The tensors of a model and how often each is there: those of the first layer stand for all layers (all alike)."""
+    return Counter({t: 1 if t.layer is None else config.layers for t in tensors(replace(config, layers=1))})
 
 
 @dataclass(frozen=True)
@@ -146,3 +156,54 @@ def count_params(config: ModelConfig) -> ParamCount:
         parameters = stored["Embedding"] if tied else stored[name]
         rows.append(Category(name, matrices, shape, parameters, tied))
     return ParamCount(config, tuple(rows), tuple((name, stored[name]) for name in OTHER))
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One stop on the way through the model: a table, a block, the final norm, the unembedding.
+
+    ``attention`` and ``mlp`` are matrices; ``biases`` are those of both. A table has neither: its ``parameters`` alone.
+    """
+
+    name: str
+    layer: int | None
+    attention: int
+    mlp: int
+    norms: int
+    biases: int
+    parameters: int
+    tied: bool = False
+
+
+_COLUMNS = {
+    **dict.fromkeys(("Key", "Query", "Value", "Output"), "attention"),
+    **dict.fromkeys(("Up-projection", "Down-projection"), "mlp"),
+    "Norms": "norms",
+    "Biases": "biases",
+}
+
+
+def count_layers(config: ModelConfig) -> tuple[Layer, ...]:
+    """The parameters stop by stop, in the order of the forward pass.
+
+    Sums to ``ParamCount.total``: a tied unembedding stands here once more, as in the lecture's table.
+    """
+    stops: dict[str, Layer] = {}
+    for tensor in tensors(config):
+        name = f"Block {tensor.layer}" if tensor.layer is not None else _STOPS[tensor.category]
+        stop = stops.get(name) or Layer(name, tensor.layer, 0, 0, 0, 0, 0)
+        column = _COLUMNS.get(tensor.category)
+        more = {column: getattr(stop, column) + tensor.parameters} if column else {}
+        stops[name] = replace(stop, parameters=stop.parameters + tensor.parameters, **more)
+    if config.tied:
+        table = config.vocab_size * config.width
+        stops["Unembedding"] = Layer("Unembedding", None, 0, 0, 0, 0, table, tied=True)
+    return tuple(stops.values())
+
+
+_STOPS = {
+    "Embedding": "Embedding",
+    "Positions": "Positions",
+    "Norms": "Final norm",
+    "Unembedding": "Unembedding",
+}

@@ -8,7 +8,6 @@ entropy in chunks; nothing compiled (compiled code saves less, not more).
 from __future__ import annotations
 
 import re
-from collections import Counter
 from dataclasses import asdict, dataclass
 from decimal import Decimal
 from math import ceil, prod
@@ -16,7 +15,8 @@ from typing import Any, Literal
 
 from gptcli.errors import UnsupportedError, UsageError
 from gptcli.spec.config import ModelConfig
-from gptcli.spec.params import Tensor, tensors
+from gptcli.spec.flops import flops_per_token
+from gptcli.spec.params import Tensor, grouped, tensors
 
 Parallel = Literal["none", "ddp", "fsdp"]
 Optimizer = Literal["adamw", "muon"]
@@ -156,7 +156,7 @@ def plan_training(
 
     kind = choose_parallel(config, ranks, card_bytes, optimizer) if parallel == "auto" else parallel
     rows = max(1, round(batch_tokens / (context * ranks)))
-    state = _State.of(config, ranks, kind, optimizer, dtype)
+    state = State.of(config, ranks, kind, optimizer, dtype)
     for checkpoint in (False, True) if checkpoint_activations is None else (checkpoint_activations,):
         if micro_batch_rows is None:
             most = _most_rows(state, rows, context, checkpoint, card_bytes)
@@ -195,20 +195,6 @@ def choose_parallel(
         return "none"
     copy = sum(2 * _FLOAT32 * tensor.parameters + _optimizer_bytes(tensor, optimizer) for tensor in tensors(config))
     return "ddp" if card_bytes is None or 2 * copy <= card_bytes else "fsdp"
-
-
-def flops_per_token(config: ModelConfig, context: int | None = None) -> float:
-    """Floating-point operations of training on one token, forward and backward: ``6 N + 12 L H D T``.
-
-    N counts the matrices that multiply, the unembedding once (tied or not), the tables that are only looked up not at
-    all; the second term is attention over T tokens, as if every token saw all of them. Half of that is masked away, yet
-    the whole is what PaLM, nanoGPT and others divide by, so utilisation here compares with theirs. What checkpointing
-    computes again does not count. Source: Chowdhery et al. 2022 (PaLM), appendix B; 6 N is Kaplan et al. 2020, 2.1.
-    """
-    context = config.context if context is None else context
-    blocks = sum(tensor.parameters for tensor in tensors(config) if _is_block_matrix(tensor))
-    matrices = blocks + config.vocab_size * config.width
-    return 6.0 * matrices + 12.0 * config.layers * config.heads * config.head_dim * context
 
 
 def shard_parameters(tensor: Tensor, ranks: int) -> int:
@@ -260,7 +246,7 @@ def _gradient_bytes(config: ModelConfig, tokens: int, dtype: Dtype) -> int:
 
 
 @dataclass(frozen=True)
-class _State:
+class State:
     """What a rank holds whatever it is fed."""
 
     config: ModelConfig
@@ -272,10 +258,10 @@ class _State:
     gathered: int
 
     @classmethod
-    def of(cls, config: ModelConfig, ranks: int, parallel: Parallel, optimizer: Optimizer, dtype: Dtype) -> _State:
+    def of(cls, config: ModelConfig, ranks: int, parallel: Parallel, optimizer: Optimizer, dtype: Dtype) -> State:
         parts = ranks if parallel == "fsdp" else 1
         held = moments = 0
-        for tensor, count in _grouped(config).items():
+        for tensor, count in grouped(config).items():
             part = shard_parameters(tensor, parts)
             held += count * part
             moments += count * _optimizer_bytes(tensor, optimizer, part)
@@ -292,19 +278,9 @@ class _State:
         return RankMemory(self.weights, self.gradients, self.optimizer, activations, logits, self.gathered, overhead)
 
 
-def _grouped(config: ModelConfig) -> Counter[Tensor]:
-    """The tensors of a model, those of the first layer standing for all layers (they are alike)."""
-    every = tensors(config)
-    return Counter({t: config.layers if t.layer == 0 else 1 for t in every if t.layer in (None, 0)})
-
-
-def _is_block_matrix(tensor: Tensor) -> bool:
-    return tensor.layer is not None and len(tensor.shape) > 1
-
-
 def _optimizer_bytes(tensor: Tensor, optimizer: Optimizer, parameters: int | None = None) -> int:
     """AdamW keeps two moments a parameter, Muon one, and Muon is for the blocks' matrices alone. Float32."""
-    moments = 1 if optimizer == "muon" and _is_block_matrix(tensor) else 2
+    moments = 1 if optimizer == "muon" and tensor.is_block_matrix else 2
     return moments * _FLOAT32 * (tensor.parameters if parameters is None else parameters)
 
 
@@ -317,8 +293,8 @@ def _cast_bytes(config: ModelConfig, dtype: Dtype) -> int:
     """
     if dtype == "float32":
         return 0
-    grouped = _grouped(config).items()
-    blocks = sum(count * t.parameters for t, count in grouped if t.layer is not None and t.category != "Norms")
+    every = grouped(config).items()
+    blocks = sum(count * t.parameters for t, count in every if t.layer is not None and t.category != "Norms")
     return _BFLOAT16 * (blocks + config.vocab_size * config.width)
 
 
@@ -329,9 +305,9 @@ def _gathered_bytes(config: ModelConfig, dtype: Dtype) -> int:
 
     A rank parts its gradients after every micro-batch, so no whole set of them ever stands.
     """
-    grouped = _grouped(config)
-    block = sum(t.parameters for t in grouped if t.layer is not None and t.category != "Norms")
-    root = sum(count * t.parameters for t, count in grouped.items() if t.layer is None or t.category == "Norms")
+    every = grouped(config)
+    block = sum(t.parameters for t in every if t.layer is not None and t.category != "Norms")
+    root = sum(count * t.parameters for t, count in every.items() if t.layer is None or t.category == "Norms")
     cast = 0 if dtype == "float32" else _BFLOAT16 * config.vocab_size * config.width
     return _size(dtype) * 3 * block + _FLOAT32 * (block + 2 * root) + cast
 
@@ -340,7 +316,7 @@ def _size(dtype: Dtype) -> int:
     return _FLOAT32 if dtype == "float32" else _BFLOAT16
 
 
-def _most_rows(state: _State, rows: int, context: int, checkpoint: bool, card_bytes: int | None) -> int:
+def _most_rows(state: State, rows: int, context: int, checkpoint: bool, card_bytes: int | None) -> int:
     """The most rows, up to ``rows``, that fit beside the state; 1 where none does or the card is not known."""
     if card_bytes is None:
         return 1
@@ -358,7 +334,7 @@ def _least_ranks(config: ModelConfig, card_bytes: int, optimizer: Optimizer, dty
     """The fewest cards of this size that hold one row each, everything saved that can be."""
 
     def fits(ranks: int) -> bool:
-        state = _State.of(config, ranks, "fsdp" if ranks > 1 else "none", optimizer, dtype)
+        state = State.of(config, ranks, "fsdp" if ranks > 1 else "none", optimizer, dtype)
         return state.with_rows(1, context, checkpoint=True).total <= card_bytes
 
     if fits(1):

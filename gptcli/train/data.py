@@ -32,7 +32,8 @@ class Corpus:
     """Documents as one stream of tokens ``[N]``, uint16 or uint32.
 
     Each document stands behind the token ``start_id``, which also ends the stream. ``learnt`` ``[N]`` says of each
-    token whether it is a target (None: all are).
+    token whether it is a target (None: all are). ``starts`` are the places where documents start, ascending (None: each
+    ``start_id`` starts one); what stands before the first is the rest of another.
     """
 
     name: str
@@ -41,6 +42,22 @@ class Corpus:
     text_bytes: int
     start_id: int = 0
     learnt: Tokens | None = None
+    starts: npt.NDArray[np.int64] | None = None
+
+    def pieces(self) -> Iterator[tuple[int, int]]:
+        """Where each document's tokens begin and end in the stream, its start token first; memory does not grow."""
+        first = 0
+        for group in [self.starts] if self.starts is not None else self._start_tokens():
+            for start in group.tolist():
+                if start > first:
+                    yield first, start
+                first = start
+        if len(self.tokens) > first:
+            yield first, len(self.tokens)
+
+    def _start_tokens(self) -> Iterator[npt.NDArray[np.int64]]:
+        for first in range(0, len(self.tokens), 1 << 20):
+            yield np.flatnonzero(self.tokens[first : first + (1 << 20)] == self.start_id) + first
 
 
 def encode_documents(name: str, documents: Iterable[str], tokenizer: Tokenizer, start_id: int) -> Corpus:
@@ -86,9 +103,10 @@ def hold_out_end(corpus: Corpus, tokenizer: Tokenizer, fraction: float = 0.01, l
     ):
         learnt = None if corpus.learnt is None else between(corpus.learnt, first, last)
         tokens = between(corpus.tokens, first, last)
-        parts.append(
-            replace(corpus, name=name, tokens=tokens, documents=documents, text_bytes=text_bytes, learnt=learnt)
-        )
+        part = replace(corpus, name=name, tokens=tokens, documents=documents, text_bytes=text_bytes, learnt=learnt)
+        if corpus.starts is not None:
+            part = replace(part, starts=corpus.starts[(corpus.starts >= first) & (corpus.starts < last)] - first)
+        parts.append(part)
     return parts
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from gptcli.errors import CorruptError, NotFoundError, UsageError
+from gptcli.text.documents import SEPARATOR as SEPARATOR
 
-SEPARATOR = "<|endoftext|>"
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".jsonl")
 PACKED_SUFFIXES = (".xz", ".gz", ".zst")
 

@@ -40,6 +40,8 @@ class Examples:
         documents: the number of examples.
         text_bytes: UTF-8 bytes of the learnt text; the tokens that end answers count none, as the token that ends a
             document counts none.
+        starts: ``[documents + 1]`` int64, where each example begins, and where the stream ends: a start token may
+            also stand within an example.
         longest: tokens of the longest example, its start token included; what is longer than the context is learnt in
             parts.
     """
@@ -48,6 +50,7 @@ class Examples:
     learnt: npt.NDArray[np.uint8]
     documents: int
     text_bytes: int
+    starts: npt.NDArray[np.int64]
     longest: int
 
 
@@ -222,5 +225,6 @@ class _Encoder:
             learnt=np.concatenate([*(learnt for _, learnt in examples), np.zeros(1, np.uint8)]),
             documents=len(examples),
             text_bytes=sum(row.text_bytes for row in rows),
+            starts=np.cumsum([0, *(len(ids) for ids, _ in examples)], dtype=np.int64),
             longest=max(len(ids) for ids, _ in examples),
         )

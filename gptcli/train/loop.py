@@ -18,7 +18,7 @@ from gptcli.core import runtime
 from gptcli.core.checkpoint import output_errors
 from gptcli.core.model import Transformer
 from gptcli.errors import DivergedError, UsageError
-from gptcli.spec.plan import flops_per_token
+from gptcli.spec.flops import flops_per_token
 from gptcli.train import fit, state
 from gptcli.train.data import IGNORED, Batch, Batches, Corpus
 from gptcli.train.evaluate import bits_per_byte
@@ -223,7 +223,7 @@ class _Run:
         chosen = fit.Choices(**known) if known else fit.choose(self.objective, self.plan, self.own_rows, self.ranks)
         self.options = {**self.options, "choices": chosen.to_dict()}
         fit.apply(self.model, chosen)
-        self.micro = chosen.micro_batch
+        self.micro, self.choices = chosen.micro_batch, chosen
         return chosen
 
     def _start(self, choices: fit.Choices) -> Event:
@@ -360,7 +360,8 @@ class _Run:
     # --- Evaluating
 
     def _evaluate(self) -> Event:
-        told = bits_per_byte(self.objective, self.valid, self.model.config.context, self.micro, self.ranks)
+        with fit.uncompiled(self.choices):  # batches of short documents have shapes of their own
+            told = bits_per_byte(self.objective, self.valid, self.model.config.context, self.micro, self.ranks)
         self.best = min((bits for bits in (told["bits_per_byte"], self.best) if bits is not None), default=None)
         return {"event": "eval", **self._position(), **told, "best": self.best}
 

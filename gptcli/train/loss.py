@@ -9,11 +9,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from gptcli.core.model import Transformer
-from gptcli.spec.plan import LOGIT_CHUNK
+from gptcli.core.score import LOGIT_CHUNKS, target_nats
 from gptcli.train.data import IGNORED
-
-# Logits of one chunk, in elements: on a CPU they stay in its cache, on a GPU they keep every multiprocessor busy.
-_CHUNK = {"cpu": 1 << 21, "cuda": LOGIT_CHUNK}
 
 
 class Objective(nn.Module):
@@ -44,8 +41,9 @@ def cross_entropy(vectors: Tensor, unembedding: Tensor, targets: Tensor) -> Tens
         unembedding: ``[V, C]``.
         targets: ``[N]`` int64; ``IGNORED`` where nothing is to be learnt.
     """
-    if not torch.is_grad_enabled():  # parameters require gradients even then, and would get them
-        vectors, unembedding = vectors.detach(), unembedding.detach()
+    if not torch.is_grad_enabled():  # as ``gptcli score`` does it
+        wanted, matrix = targets != IGNORED, unembedding.to(vectors.dtype)
+        return target_nats(vectors[wanted], lambda part: part @ matrix.t(), len(matrix), targets[wanted]).sum()
     loss: Tensor = _ChunkedCrossEntropy.apply(vectors, unembedding, targets)  # type: ignore[no-untyped-call]
     return loss
 
@@ -58,7 +56,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         # Summed over chunks, so in float32.
         to_matrix = torch.zeros_like(matrix, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         loss = vectors.new_zeros((), dtype=torch.float32)
-        size = max(1, _CHUNK.get(vectors.device.type, _CHUNK["cpu"]) // len(matrix))
+        size = max(1, LOGIT_CHUNKS.get(vectors.device.type, LOGIT_CHUNKS["cpu"]) // len(matrix))
         every = bool((targets != IGNORED).all())  # asked once: the answer takes a GPU as long as all that is before
         for start in range(0, len(vectors), size):
             part = slice(start, start + size)

@@ -10,9 +10,9 @@ for AdamW by itself (``--lr`` names other rates). Shape and tokenizer are the fo
 is the same.
 
 Every text's bits per byte come from one function for all three (windows side by side as long as the context, every
-token but the first predicted once, as ``gptcli.train.evaluate.corpus_nats`` does, in float32), the folder's own
-included: not from its model card. Each evaluation is a line of ``--log`` at once, so a run that was cut short
-is of use.
+token of the stream but the first predicted once, start tokens too, in float32), the folder's own included: not from its
+model card. ``gptcli.train.evaluate`` begins a window at each document and predicts no start tokens, so it says a little
+less. Each evaluation is a line of ``--log`` at once, so a run that was cut short is of use.
 """
 
 from __future__ import annotations

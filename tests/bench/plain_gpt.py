@@ -189,9 +189,10 @@ def evaluate(
 ) -> tuple[float, int]:
     """Total cross entropy (nats) of a stream ``[N]`` and how many tokens were predicted: all but the first, once each.
 
-    Windows stand side by side, the last may be shorter, and none knows of the one before: the same sum as gptcli's
-    ``corpus_nats``. The model is anything that makes logits of ids, gptcli's Transformer too; so that both are
-    measured alike it is float32, whatever they train in, unless ``dtype`` says otherwise.
+    Windows stand side by side, the last may be shorter, and none knows of the one before. Of a single document this is
+    the sum that gptcli's ``corpus_nats`` gives; of several that one begins a window at each. The model is anything that
+    makes logits of ids, gptcli's Transformer too; so that both are measured alike it is float32, whatever they train
+    in, unless ``dtype`` says otherwise.
     """
     device = next(model.parameters()).device
     was_training = model.training

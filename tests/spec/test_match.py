@@ -14,7 +14,7 @@ import gptcli.spec
 from gptcli.errors import CorruptError, NotFoundError
 from gptcli.spec.config import ModelConfig, from_hf, read_config
 from gptcli.spec.index import FILE_NAME, TensorInfo
-from gptcli.spec.match import disk_layout, match, match_folder, match_names, stored_dtype, written_name
+from gptcli.spec.match import compare, disk_layout, match, match_folder, match_names, stored_dtype, written_name
 from gptcli.spec.params import count_params, tensors
 
 PRESETS = sorted((Path(gptcli.spec.__file__).parent / "presets").glob("*.json"))
@@ -237,3 +237,16 @@ def test_stored_type_is_that_of_most_parameters() -> None:
     assert stored_dtype(match({**rest, **_infos(small), **half}, TINY, "file")) == "float16"
     assert stored_dtype(match(_infos(GPT2_SHAPES, "BF16"), TINY, "file")) == "bfloat16"
     assert json.dumps(stored_dtype(match(_infos(GPT2_SHAPES), TINY, "file"))) == '"float32"'
+
+
+def test_a_comparison_lists_everything() -> None:
+    shapes = {**GPT2_SHAPES, "wte.weight": (1, 6), "adapter": (2,)}
+    del shapes["h.1.ln_2.bias"], shapes["ln_f.weight"]
+    infos = _infos(shapes)
+    infos["ln_f.bias"] = replace(infos["ln_f.bias"], dtype="I8")
+    result = compare(infos, TINY)
+    assert not result.ok
+    assert (set(result.missing), result.left_over) == ({"h.1.ln_2.bias", "ln_f.weight"}, ("adapter",))
+    assert result.wrong_shape == (("wte.weight", (1, 6), (11, 6)),)
+    assert result.wrong_type == (("ln_f.bias", "I8"),)
+    assert compare(_infos(GPT2_SHAPES), TINY).ok

@@ -10,12 +10,12 @@ import pytest
 
 from gptcli.errors import UnsupportedError, UsageError
 from gptcli.spec.config import ModelConfig
+from gptcli.spec.flops import flops_per_token
 from gptcli.spec.params import count_params, tensors
 from gptcli.spec.plan import (
     LOGIT_BYTES,
     TrainingPlan,
     choose_parallel,
-    flops_per_token,
     parse_cards,
     plan_training,
     shard_parameters,
