@@ -43,6 +43,7 @@ COMMANDS: dict[str, Entry] = {
             "verify": Entry("Check a model's files against its hashes and headers.", "gptcli.cli.models:verify_model"),
         },
     ),
+    "bench": Entry("Measure this machine with a model.", "gptcli.cli.bench:bench"),
 }
 
 _SETTINGS: dict[str, Any] = {"rich_markup_mode": None, "pretty_exceptions_enable": False, "add_completion": False}

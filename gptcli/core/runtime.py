@@ -120,6 +120,16 @@ def set_threads(count: int | None) -> None:
         torch.set_num_threads(count)
 
 
+def threads() -> int:
+    """The CPU threads in use."""
+    return torch.get_num_threads()
+
+
+def torch_version() -> str:
+    """PyTorch's version, with what it was built for."""
+    return str(torch.__version__)
+
+
 def draw_seed() -> int:
     """A fresh seed below 2**32, for when none was given; to be reported."""
     return secrets.randbits(32)
