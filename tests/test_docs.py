@@ -168,6 +168,19 @@ def test_prepare_fields(gptcli: Gptcli, tiny_folder: Path, built: Path) -> None:
     assert set(re.findall(r"`([a-z_]+)`", told)) == set(prepared)
 
 
+def test_bench_fields(gptcli: Gptcli, tiny_folder: Path) -> None:
+    done = gptcli("bench", "-m", str(tiny_folder), "--json", "--rounds", "1", "--tokens", "4", "--threads", "1")
+    told = json.loads(done.stdout)
+    part = REFERENCE.split("\n### bench\n")[1].split("\n### ")[0]
+    of_all, of_figures = ({*re.findall(r"`([a-z_]+)`", text)} for text in part.split("\n| field of a figure"))
+    firsts = " ".join(re.findall(r"^\| (`.*?) \|", part, flags=re.MULTILINE))
+    rows = set(re.findall(r"`([a-z_]+)`", firsts))
+    figures = {name for figure in told["figures"] for name in figure}
+    assert rows == set(told) | figures
+    assert set(told["machine"]) | set(told["versions"]) <= of_all
+    assert {figure["part"] for figure in told["figures"]} <= of_figures
+
+
 def test_the_highest_learning_rates_are_told() -> None:
     told = re.search(
         r"Without `--lr` the highest is (\S+) with Muon and (\S+)\s+with AdamW; .* (\S+) and (\S+)\.", REFERENCE

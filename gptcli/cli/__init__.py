@@ -14,6 +14,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from gptcli import __version__
 from gptcli.cli.out import Output
+from gptcli.cli.values import take_plainly
 from gptcli.errors import ExitCode, GptcliError, OutputError, ResourceError, UsageError
 
 
@@ -45,6 +46,7 @@ COMMANDS: dict[str, Entry] = {
             ),
         },
     ),
+    "bench": Entry("Measure this machine with a model.", "gptcli.cli.bench:bench"),
 }
 
 _SETTINGS: dict[str, Any] = {"rich_markup_mode": None, "pretty_exceptions_enable": False, "add_completion": False}
@@ -66,6 +68,7 @@ class LeafCommand(TyperCommand):
         self.params += self._common
         params: list[Any] = self.params  # they have attributes that their declared type lacks
         for param in params:
+            take_plainly(param)
             if param.param_type_name == "option" and not param.envvar:
                 param.envvar = "GPTCLI_" + _long_name(param.opts).upper().replace("-", "_")
                 param.show_envvar = False
@@ -73,6 +76,9 @@ class LeafCommand(TyperCommand):
                     param.split_envvar_value = lambda value: [value]  # one value, spaces and all
             elif param.param_type_name == "argument":
                 param.display_type = lambda ctx: ""  # "list[str]" tells nobody anything
+
+    def get_help_option(self, ctx: Any) -> Any:
+        return _without_pydantic(super().get_help_option(ctx))
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Arguments, then options under the headings that they name (``rich_help_panel``), those without one last."""
@@ -118,10 +124,7 @@ class LazyGroup(TyperGroup):
     entries: Mapping[str, Entry] = COMMANDS
 
     def get_help_option(self, ctx: Any) -> Any:
-        option = super().get_help_option(ctx)
-        if option is not None:
-            option.default = False  # without one, Typer imports pydantic to check that None is None
-        return option
+        return _without_pydantic(super().get_help_option(ctx))
 
     def list_commands(self, ctx: Any) -> list[str]:
         return list(self.entries)
@@ -141,6 +144,13 @@ class LazyGroup(TyperGroup):
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, entry.summary) for name, entry in self.entries.items()])
+
+
+def _without_pydantic(help_option: Any) -> Any:
+    """Without a default of its own, Typer imports pydantic to check that None is None."""
+    if help_option is not None:
+        help_option.default = False
+    return help_option
 
 
 def _load(name: str, entry: Entry) -> Any:

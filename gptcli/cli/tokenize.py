@@ -181,6 +181,9 @@ class _Work:
                 yield source.chunks(self.errors)
 
     def show(self, found: Sequence[Source], lines: bool, ids: bool, pieces: bool) -> None:
+        if (ids or not self.out.on_terminal) and not pieces and not self.out.json:
+            self._show_ids(found, lines)
+            return
         for chunks in self.documents(found, lines):
             groups = self.ids(chunks)
             if self.out.json:
@@ -188,25 +191,41 @@ class _Work:
             elif pieces:
                 for piece in self._pieces(groups):
                     self.out.data(f"{piece.id}\t{visible(piece.data)}")
-            elif ids or not self.out.on_terminal:
-                separator = ""
-                for group in groups:
-                    if group:
-                        self.out.data(separator + " ".join(map(str, group)), end="")
-                        separator = " "
-                self.out.data("")
             else:
                 self._show_pieces(groups)
 
+    def _show_ids(self, found: Sequence[Source], lines: bool) -> None:
+        """A line a document; with ``--max`` only once it is known to be within."""
+        words = _Words()
+        shown: list[str] = []
+        count, separator = 0, ""
+        for group, last in self._groups(found, lines):
+            count += len(group)
+            self._check_most(count)
+            if group:
+                shown += [separator, " ".join(map(words.__getitem__, group))]
+                separator = " "
+            if self.most is None or last:
+                self.out.data("".join(shown), end="\n" if last else "")
+                shown.clear()
+            if last:
+                count, separator = 0, ""
+
+    def _groups(self, found: Sequence[Source], lines: bool) -> Iterator[tuple[Sequence[int], bool]]:
+        """The ids of the documents in pieces, and whether a piece is the last of its document."""
+        if lines:  # too short to be shared out
+            encode = self.tokenizer.encode_array
+            return ((encode(line, special=self.special), True) for [line] in self.documents(found, lines))
+        return self.tokenizer.encode_streams(self.documents(found, lines), special=self.special)
+
     def count(self, found: Sequence[Source], lines: bool) -> None:
+        numbers = self._counts(found, lines)
         if lines:
-            for chunks in self.documents(found, lines=True):
-                number = sum(map(len, self.ids(chunks)))
+            for number in numbers:
                 self.out.record(self._counted(number)) if self.out.json else self.out.data(str(number))
             return
         counts = []
-        for source in found:
-            number = sum(map(len, self.ids(source.chunks(self.errors))))
+        for source, number in zip(found, numbers, strict=True):
             counts.append((number, source.name))
             if self.out.json:
                 self.out.record(self._counted(number) | {"name": source.name})
@@ -219,6 +238,15 @@ class _Work:
         digits = len(str(counts[-1][0]))
         for number, name in counts:
             self.out.data(f"{number:>{digits}} {harmless(name)}")
+
+    def _counts(self, found: Sequence[Source], lines: bool) -> Iterator[int]:
+        number = 0
+        for group, last in self._groups(found, lines):
+            number += len(group)
+            self._check_most(number)
+            if last:
+                yield number
+                number = 0
 
     def decode(self, found: Sequence[Source]) -> None:
         for source in found:
@@ -291,6 +319,14 @@ class _Work:
         self.out.data(("" if colored else "|").join(text))
         self.out.data(" ".join(self.out.stripe(str(piece.id), i) for i, piece in enumerate(shown)))
         self.out.data(self.out.style(f"{len(shown):,} tokens ({self.tokenizer.name})", "dim"))
+
+
+class _Words(dict[int, str]):
+    """Ids as they are written, each made once."""
+
+    def __missing__(self, id_: int) -> str:
+        self[id_] = word = str(id_)
+        return word
 
 
 def _whole_pieces(pieces: Sequence[Piece]) -> Iterator[str]:

@@ -145,6 +145,11 @@ def chosen_compiler() -> str | None:
     return os.environ.get("CXX") or None
 
 
+def torch_version() -> str:
+    """PyTorch's version, with what it was built for."""
+    return str(torch.__version__)
+
+
 def draw_seed() -> int:
     """A fresh seed below 2**32, for when none was given; to be reported."""
     return secrets.randbits(32)

@@ -8,15 +8,16 @@ place of its merge: a token's pair is what merging its own bytes leaves before t
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import threading
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptcli.errors import CorruptError, NotFoundError
+from gptcli.text.bulk import in_order
 from gptcli.text.vocabulary import Vocabulary, read_vocabulary
 
 if TYPE_CHECKING:
@@ -137,6 +138,30 @@ class Tokenizer:
         ranks = self._encoding.encode_ordinary(text)
         return ranks if self._ids is None else [self._ids[rank] for rank in ranks]
 
+    def encode_array(self, text: str, *, special: bool = False) -> array[int]:
+        """``encode`` as an ``array("I")``: without a Python integer a token, mostly without the interpreter lock."""
+        marks = self._all_marks if special else self._always_marks
+        ids = array("I")
+        end = 0
+        for mark in marks.finditer(text) if marks is not None else ():
+            ids += self._array_of_plain(text[end : mark.start()])
+            ids.append(self._special[mark[0]])
+            end = mark.end()
+        rest = self._array_of_plain(text[end:] if end else text)
+        return ids + rest if ids else rest
+
+    def _array_of_plain(self, text: str) -> array[int]:
+        # What tiktoken's encode_to_numpy wraps; NumPy would take longer to import than most texts to encode.
+        to_buffer = getattr(self._encoding._core_bpe, "encode_to_tiktoken_buffer", None)
+        if to_buffer is None:
+            return array("I", self._encode_plain(text))
+        try:
+            # Through bytes, since the buffer misstates its own shape.
+            ranks = array("I", bytes(to_buffer(text, set())))
+        except UnicodeEncodeError:
+            return self._array_of_plain(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+        return ranks if self._ids is None else array("I", map(self._ids.__getitem__, ranks))
+
     @property
     def ids_of_ranks(self) -> dict[int, int] | None:
         """tiktoken's rank of a token -> its id; None where the two are the same."""
@@ -166,16 +191,13 @@ class Tokenizer:
         self, texts: Sequence[str], *, special: bool = False, threads: int | None = None
     ) -> list[list[int]]:
         """``encode`` of each text, on all cores (tiktoken works without the interpreter lock)."""
-        from concurrent.futures import ThreadPoolExecutor
+        return list(in_order(lambda text: self.encode(text, special=special), texts, threads))
 
-        with ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
-            return list(pool.map(lambda text: self.encode(text, special=special), texts))
+    def cut_stream(self, chunks: Iterable[str]) -> Iterator[str]:
+        """The text that ``chunks`` make together, in pieces that can be encoded apart.
 
-    def encode_stream(self, chunks: Iterable[str], *, special: bool = False) -> Iterator[list[int]]:
-        """The ids of the text that ``chunks`` make together, in pieces, with memory bounded by a few chunks.
-
-        Joined, they equal ``encode`` of the whole: the text is cut only where the pre-tokenizer's pattern cuts in any
-        case (see ``_safe_cut``). A pattern for which that is not known is encoded as a whole.
+        The ids of the pieces joined are those of the whole: the text is cut only where the pre-tokenizer's pattern cuts
+        in any case (see ``_safe_cut``). A text for whose pattern that is not known comes as one piece.
         """
         buffer = ""
         wanted = _CHUNK
@@ -187,10 +209,35 @@ class Tokenizer:
             # A run without a break has to be seen whole; look again when it has doubled, not at every chunk.
             wanted = _CHUNK if cut else 2 * len(buffer)
             if cut:
-                yield self.encode(buffer[:cut], special=special)
+                yield buffer[:cut]
                 buffer = buffer[cut:]
         if buffer:
-            yield self.encode(buffer, special=special)
+            yield buffer
+
+    def encode_stream(self, chunks: Iterable[str], *, special: bool = False) -> Iterator[list[int]]:
+        """The ids of the text that ``chunks`` make together, piece by piece, with memory bounded by a few chunks."""
+        for piece in self.cut_stream(chunks):
+            yield self.encode(piece, special=special)
+
+    def encode_streams(
+        self, documents: Iterable[Iterable[str]], *, special: bool = False, threads: int | None = None
+    ) -> Iterator[tuple[array[int], bool]]:
+        """The ids of many documents, each given in chunks, on all cores: pieces in order, and whether one is the last.
+
+        Equal to ``encode_stream`` of one document after the other, and to ``[]`` for an empty one. Memory is bounded by
+        a few pieces a thread; they are read ahead, also of the documents that follow.
+        """
+
+        def pieces() -> Iterator[tuple[str, bool]]:
+            for chunks in documents:
+                held = ""
+                for piece in self.cut_stream(chunks):
+                    if held:
+                        yield held, False
+                    held = piece
+                yield held, True
+
+        return in_order(lambda piece: (self.encode_array(piece[0], special=special), piece[1]), pieces(), threads)
 
     def token_bytes(self, id_: int) -> bytes:
         """The bytes of one token; an id without text (a padded vocabulary has them) is empty."""

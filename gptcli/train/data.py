@@ -14,9 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from gptcli.errors import UsageError
+from gptcli.text.bulk import cores
 from gptcli.text.tokenizer import Tokenizer
 from gptcli.train.documents import SEPARATOR
-from gptcli.train.encode import Encoder, Ids, cores, utf8_length
+from gptcli.train.encode import Encoder, Ids, utf8_length
 from gptcli.train.shards import Tokens, between
 
 # A target that nothing is to be learnt from; cross entropy's usual mark for it.

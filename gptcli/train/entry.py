@@ -18,8 +18,9 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from gptcli.errors import CorruptError
+from gptcli.text.bulk import cores
 from gptcli.train.documents import is_held_out
-from gptcli.train.encode import Encoder, Ids, cores, utf8_length
+from gptcli.train.encode import Encoder, Ids, utf8_length
 from gptcli.train.inputs import Input
 from gptcli.train.shards import map_shard
 from gptcli.train.units import Place, Unit, documents_of_unit, read_units, text_of

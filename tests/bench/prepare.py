@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--json-lines", action="store_true")
     args = parser.parse_args()
     sys.path.insert(0, str(ROOT))
-    from gptcli.train.encode import cores
+    from gptcli.text.bulk import cores
 
     threads = args.threads or cores()
     sample = 32_000_000

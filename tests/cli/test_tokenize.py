@@ -136,6 +136,31 @@ def test_counting_a_long_text_in_chunks_is_counting_it_whole(
     assert shown(tokenize("--count", stdin=text.encode())) == f"{len(ids_of(text))}\n"
 
 
+def test_many_files_are_counted_on_all_cores_in_their_order(
+    tokenize: Run, ids_of: IdsOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gptcli.cli.input._READ", 50)
+    monkeypatch.setattr("gptcli.text.tokenizer._CHUNK", 20)
+    texts = {tmp_path / f"{number:02}": TEXT * (7 * number % 12) for number in range(40)}  # empty ones, too
+    for path, text in texts.items():
+        path.write_text(text)
+    values = [json.loads(line) for line in shown(tokenize("--count", "--json", *texts)).splitlines()]
+    assert [value["name"] for value in values] == [str(path) for path in texts]
+    assert [value["count"] for value in values] == [len(ids_of(text)) for text in texts.values()]
+    flags = [word for path in texts for word in ("-f", path)]
+    lines = shown(tokenize(*flags)).split("\n")
+    assert lines == [" ".join(map(str, ids_of(text))) for text in texts.values()] + [""]
+
+
+def test_of_many_files_those_before_a_bad_one_are_told(tokenize: Run, tmp_path: Path) -> None:
+    for number in range(9):
+        (tmp_path / str(number)).write_bytes(b"king" if number != 7 else b"king \xff")
+    done = tokenize("--count", "--json", *(tmp_path / str(number) for number in range(9)))
+    assert done.code == 3
+    assert b"offset 5" in done.err
+    assert [json.loads(line)["name"] for line in done.out.splitlines()] == [str(tmp_path / str(n)) for n in range(7)]
+
+
 # --- Pieces and JSON
 
 
@@ -268,6 +293,12 @@ def test_max_fails_with_4_and_shows_nothing(tokenize: Run, ids_of: IdsOf) -> Non
         done = tokenize(TEXT, *less, *mode)
         assert (done.code, done.out) == (4, b""), mode
         assert done.err.startswith(b"error: ")
+
+
+def test_max_lets_whole_documents_pass(tokenize: Run, ids_of: IdsOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gptcli.text.tokenizer._CHUNK", 5)
+    done = tokenize("king", TEXT, "--max", str(len(ids_of(TEXT)) - 1))
+    assert (done.code, done.out.decode()) == (4, " ".join(map(str, ids_of("king"))) + "\n")
 
 
 @pytest.mark.parametrize("mode", [[], ["--count"], ["--split", "3"]], ids=" ".join)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import tracemalloc
 from collections.abc import Iterator
@@ -255,3 +256,51 @@ def test_nothing_is_read_ahead(pairs: dict[str, Any], monkeypatch: pytest.Monkey
         raise AssertionError("read ahead")
 
     assert next(pairs["trained"].ours.encode_stream(chunks()))
+
+
+# --- many texts, on all cores ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_an_array_of_ids_equals_the_list(pair: Any, nasty: str, special: bool) -> None:
+    ids = pair.ours.encode_array(nasty, special=special)
+    assert (ids.typecode, ids.tolist()) == ("I", pair.ours.encode(nasty, special=special))
+
+
+def test_an_array_of_ids_without_tiktokens_buffer_is_the_same(pairs: dict[str, Any], texts: dict[str, str]) -> None:
+    """Should tiktoken ever take it away."""
+
+    class Bare:
+        def __init__(self, encoding: Any) -> None:
+            self._core_bpe, self.encode_ordinary = object(), encoding.encode_ordinary
+
+    for name in ("trained", "permuted", "added"):
+        ours = copy.copy(pairs[name].ours)
+        ours._encoding = Bare(ours._encoding)
+        for text in (*texts.values(), "a\ud800b"):
+            assert ours.encode_array(text).tolist() == pairs[name].ours.encode(text)
+
+
+def test_lone_surrogates_in_an_array_are_the_replacement_character(pairs: dict[str, Any]) -> None:
+    for pair in pairs.values():
+        for text in ("a\ud83db", "\udc4d", "\ud83d\udc4d x"):
+            assert pair.ours.encode_array(text).tolist() == pair.ours.encode(text)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("size", [7, 64, 1_000_000])
+def test_streams_equal_one_after_the_other(
+    pair: Any, texts: dict[str, str], size: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_CHUNK", size)
+    documents = ["", *(text[:2_000] for text in texts.values()), "", ""]
+    for special in (False, True):
+        found: list[list[int]] = [[]]
+        for ids, last in pair.ours.encode_streams(
+            (_cut(text, [11]) for text in documents), special=special, threads=threads
+        ):
+            found[-1] += ids
+            if last:
+                found.append([])
+        assert found.pop() == []
+        assert found == [pair.ours.encode(text, special=special) for text in documents]
