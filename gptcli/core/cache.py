@@ -85,8 +85,8 @@ class KVCache:
             values[:, :, start:end] = value
         else:
             rows = torch.arange(len(keys), device=keys.device)[:, None]
-            keys[rows, :, self._positions] = key.transpose(1, 2)  # [B, T, K, D]
-            values[rows, :, self._positions] = value.transpose(1, 2)  # [B, T, K, D]
+            keys[rows, :, self._positions] = key.transpose(1, 2).to(keys.dtype)  # [B, T, K, D]
+            values[rows, :, self._positions] = value.transpose(1, 2).to(values.dtype)  # [B, T, K, D]
         return keys[:, :, :end], values[:, :, :end]
 
     def advance(self, count: int) -> None:
