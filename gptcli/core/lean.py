@@ -99,12 +99,13 @@ class _Layer:
         """``[B, T, C]`` to ``[B, T, C]``, or, with ``last`` (``[B]``, a query a row), to ``[B, 1, C]``."""
         batch, count, _ = stream.shape
         qkv = self._qkv(self._attention_norm(stream))
-        heads = qkv.view(batch, count, -1, self._head_dim).transpose(1, 2)  # [B, H + 2 K, T, D]
-        turned = self._heads + self._kv_heads
-        value = heads[:, turned:]
+        if count == 1:
+            heads = qkv.view(batch, -1, 1, self._head_dim)  # [B, H + 2 K, T, D]
+        else:
+            heads = qkv.view(batch, count, -1, self._head_dim).transpose(1, 2)
+        query, key, value = heads.split((self._heads, self._kv_heads, self._kv_heads), 1)
         if turn is not None:
-            heads = rotate(heads[:, :turned], turn)
-        query, key = heads[:, : self._heads], heads[:, self._heads : turned]
+            query, key = rotate(query, turn), rotate(key, turn)
         if cache is not None:
             keys, values = cache.append(layer, key, value)
             if not isinstance(mask, str):  # else there is nothing before, and these are as good
@@ -179,7 +180,7 @@ class _Map:
         self._module = module
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._module(x)
+        return self._module.forward(x)  # no module of these has hooks
 
     def activated(self, x: Tensor, activation: str) -> Tensor:
         return ACTIVATIONS[activation](self(x))
@@ -200,16 +201,18 @@ class _Packed(_Map):
         # One row is what it is packed for; it serves many as well.
         self._weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().contiguous(), 1)
         self._bias = linear.bias
+        self._product = torch.ops.mkldnn._linear_pointwise.default
+        self._sum = torch.ops.mkldnn._linear_pointwise.binary
 
     def __call__(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
+        return self._product(x, self._weight, self._bias, "none", [], "")
 
     def activated(self, x: Tensor, activation: str) -> Tensor:
         name, variant = _FUSED[activation]
-        return torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, name, [], variant)
+        return self._product(x, self._weight, self._bias, name, [], variant)
 
     def added(self, x: Tensor, stream: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise.binary(x, stream, self._weight, self._bias, "add")
+        return self._sum(x, stream, self._weight, self._bias, "add")
 
 
 def _map(linear: nn.Module) -> _Map:
