@@ -55,6 +55,28 @@ def _in_blocks(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> bool:
     return learns and isinstance(mask, str) and query.shape[1] == key.shape[1] and query.device.type == "cpu"
 
 
+def causal_in_blocks(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """``attend`` with "causal" and as many keys as queries, all ``[B, H, T, D]``: what bfloat16 wants on a CPU."""
+    scaled = query * (1 / math.sqrt(query.shape[-1]))
+    return _by_blocks(scaled.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1)).view(query.shape)
+
+
+def _by_blocks(query: Tensor, key: Tensor, value: Tensor, patterns: list[Tensor] | None = None) -> Tensor:
+    """What scaled queries ``[N, T, D]`` gather of all up to them, block by block; the blocks' patterns are noted."""
+    length = query.shape[1]
+    later = query.new_full((_BLOCK, _BLOCK), -math.inf).triu(1)
+    gathered = torch.empty_like(query)
+    for start in range(0, length, _BLOCK):
+        end = min(start + _BLOCK, length)
+        scores = torch.bmm(query[:, start:end], key[:, :end].transpose(1, 2))
+        scores[:, :, start:] += later[: end - start, : end - start]
+        pattern = scores.softmax(-1)
+        gathered[:, start:end] = torch.bmm(pattern, value[:, :end])
+        if patterns is not None:
+            patterns.append(pattern)
+    return gathered
+
+
 class _BlockedCausal(torch.autograd.Function):
     """Causal attention for training on a CPU: matrix products over blocks of queries, each with the keys up to it.
 
@@ -65,20 +87,11 @@ class _BlockedCausal(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        shape, length = query.shape, query.shape[2]
-        scale = 1 / math.sqrt(query.shape[-1])
+        shape, scale = query.shape, 1 / math.sqrt(query.shape[-1])
         # Batch and heads as one axis: [B H, T, D].
         query, key, value = (x.flatten(0, 1) for x in (query * scale, key, value))
-        later = query.new_full((_BLOCK, _BLOCK), -math.inf).triu(1)
-        gathered = torch.empty_like(query)
-        patterns = []
-        for start in range(0, length, _BLOCK):
-            end = min(start + _BLOCK, length)
-            scores = torch.bmm(query[:, start:end], key[:, :end].transpose(1, 2))
-            scores[:, :, start:] += later[: end - start, : end - start]
-            pattern = scores.softmax(-1)
-            gathered[:, start:end] = torch.bmm(pattern, value[:, :end])
-            patterns.append(pattern)
+        patterns: list[Tensor] = []
+        gathered = _by_blocks(query, key, value, patterns)
         ctx.save_for_backward(query, key, value, *patterns)
         return gathered.view(shape)
 

@@ -80,14 +80,14 @@ class KVCache:
         keys, values = self.keys[layer], self.values[layer]
         end = max(self.lengths) + key.shape[2]
         if self._positions is None:
-            start = end - key.shape[2]
-            keys[:, :, start:end] = key
-            values[:, :, start:end] = value
+            start, count = end - key.shape[2], key.shape[2]
+            keys.narrow(2, start, count).copy_(key)
+            values.narrow(2, start, count).copy_(value)
         else:
             rows = torch.arange(len(keys), device=keys.device)[:, None]
-            keys[rows, :, self._positions] = key.transpose(1, 2)  # [B, T, K, D]
-            values[rows, :, self._positions] = value.transpose(1, 2)  # [B, T, K, D]
-        return keys[:, :, :end], values[:, :, :end]
+            keys[rows, :, self._positions] = key.transpose(1, 2).to(keys.dtype)  # [B, T, K, D]
+            values[rows, :, self._positions] = value.transpose(1, 2).to(values.dtype)  # [B, T, K, D]
+        return keys.narrow(2, 0, end), values.narrow(2, 0, end)
 
     def advance(self, count: int) -> None:
         """All layers have written ``count`` tokens."""

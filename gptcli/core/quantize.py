@@ -205,19 +205,19 @@ class _Int8:
         with _engine("fbgemm"):
             matrix = torch._make_per_channel_quantized_tensor(layer.weight, layer.scale.double(), zeros, 0)
             self._packed = torch.ops.quantized.linear_prepack(matrix, self._bias)
+        self._one_row = torch.ops.quantized.linear_dynamic.default
+        self._rows = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
         # Without VNNI the kernel adds pairs of products in 16 bits, and two of 8 bits do not fit.
         self._reduced = not torch.cpu._is_vnni_supported()
 
     def __call__(self, layer: QuantizedLinear, x: Tensor) -> Tensor:
         wide = x.float()
         if x.numel() == layer.in_features:
-            product = torch.ops.quantized.linear_dynamic(wide, self._packed, self._reduced)
+            product = self._one_row(wide, self._packed, self._reduced)
         else:
             extreme = wide.abs().amax(-1, keepdim=True).clamp_(min=_TINY)
             most = 63 if self._reduced else 127
-            product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
-                wide / extreme, 1 / most, most + 1, self._packed
-            )
+            product = self._rows(wide / extreme, 1 / most, most + 1, self._packed)
             # The bias is within already, so what counts is what lies beyond: bias + extreme (product - bias).
             product = product.mul_(extreme) if self._bias is None else torch.lerp(self._bias, product, extreme)
         return product.to(x.dtype)

@@ -1,0 +1,225 @@
+"""The same forward with fewer operators: for a CPU, where a small operator costs as much as what it computes.
+
+The transformer's own forward is the readable one, and the oracle of this one in the tests. What differs: matrices are
+packed once in the order in which their kernel reads them; query, key and value are one product; activations and what is
+added to the stream are computed within the products; one query goes through the cache in float32; and of the last
+layer only what is asked for is computed. Quantized matrices (``core/quantize.py``) keep their own products, and the
+stream is then float32, which those work in.
+
+Packing copies every matrix: whether that is worth it says ``worth_packing``. Shapes as in ``core/model.py``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gptcli.core.attention import attend, causal_in_blocks
+from gptcli.core.cache import KVCache, Mask, whole_sequence
+from gptcli.core.model import ACTIVATIONS, Transformer
+from gptcli.core.rope import Rotation, rotate, rotation
+from gptcli.spec.config import ModelConfig
+
+# Steps, or tokens of prompts, from which the time that is saved makes up for packing: measured on GPT-2 124M.
+_WORTH_STEPS, _WORTH_TOKENS = 16, 512
+# Tokens from which blocks beat torch's attention in bfloat16, and up to which their patterns are small beside the rest.
+_BLOCKS = range(128, 2049)
+
+
+def worth_packing(prompt_tokens: int, max_tokens: int, rows: int = 1) -> bool:
+    """Whether building a ``Lean`` pays off for so many rows with prompts and answers so long; -1 is an open end."""
+    return max_tokens < 0 or max_tokens >= _WORTH_STEPS or prompt_tokens * rows >= _WORTH_TOKENS
+
+
+class Lean:
+    """A transformer's forward on a CPU, without tap and gradient.
+
+    Attributes:
+        cache_dtype: in which a cache for it is fastest; others do.
+    """
+
+    def __init__(self, transformer: Transformer) -> None:
+        """Pack the matrices, layer by layer; the transformer stays as it is."""
+        self.config = transformer.config
+        self._table = transformer.embedding.weight
+        self._positions = None if transformer.positions is None else transformer.positions.weight
+        quantized = not isinstance(transformer.unembedding, nn.Linear)
+        self._dtype = torch.float32 if quantized else self._table.dtype
+        self.cache_dtype = torch.float32 if self._table.device.type == "cpu" else self._table.dtype
+        self._layers = [_Layer(block, self.config, self._table.dtype, self._dtype) for block in transformer.blocks]
+        self._norm = _norm(transformer.norm, self._dtype)
+        self._unembedding = _map(transformer.unembedding)
+
+    @torch.inference_mode()
+    def __call__(self, ids: Tensor, cache: KVCache | None = None, *, last: Tensor | None = None) -> Tensor:
+        """Logits of the next token after each query token: arguments, shapes and errors as of ``Transformer.forward``.
+
+        The logits are float32 where the matrices are quantized, else in the weights' dtype.
+        """
+        positions, mask = whole_sequence(ids) if cache is None else cache.begin(ids)
+        stream = F.embedding(ids, self._table)
+        turn = None
+        if self._positions is not None:
+            stream = stream + F.embedding(positions, self._positions)
+        stream = stream.to(self._dtype)
+        if self._positions is None:
+            turn = rotation(positions, self.config.head_dim, self.config.rope_theta, self._dtype)
+        for number, layer in enumerate(self._layers):
+            final = number == len(self._layers) - 1
+            stream = layer(stream, turn, mask, cache, number, last if final else None)
+        if cache is not None:
+            cache.advance(ids.shape[1])
+        logits = self._unembedding(self._norm(stream))
+        return logits if last is None else logits[:, 0]  # [B, V]
+
+
+class _Layer:
+    """``core.model.Block``."""
+
+    def __init__(self, block: nn.Module, config: ModelConfig, dtype: torch.dtype, stream: torch.dtype) -> None:
+        part: Any = block
+        attention, mlp = part.attention, part.mlp
+        self._dtype = dtype
+        self._heads, self._kv_heads, self._head_dim = config.heads, config.kv_heads, config.head_dim
+        self._attention_norm, self._mlp_norm = (_norm(norm, stream) for norm in (part.attention_norm, part.mlp_norm))
+        self._qkv = _map(_beside(attention.query, attention.key, attention.value))
+        self._output = _map(attention.output)
+        self._activation = config.activation
+        self._gate = None if mlp.gate is None else _map(mlp.gate)
+        self._up, self._down = _map(mlp.up), _map(mlp.down)
+
+    def __call__(
+        self, stream: Tensor, turn: Rotation | None, mask: Mask, cache: KVCache | None, layer: int, last: Tensor | None
+    ) -> Tensor:
+        """``[B, T, C]`` to ``[B, T, C]``, or, with ``last`` (``[B]``, a query a row), to ``[B, 1, C]``."""
+        batch, count, _ = stream.shape
+        qkv = self._qkv(self._attention_norm(stream))
+        if count == 1:
+            heads = qkv.view(batch, -1, 1, self._head_dim)  # [B, H + 2 K, T, D]
+        else:
+            heads = qkv.view(batch, count, -1, self._head_dim).transpose(1, 2)
+        query, key, value = heads.split((self._heads, self._kv_heads, self._kv_heads), 1)
+        if turn is not None:
+            query, key = rotate(query, turn), rotate(key, turn)
+        if cache is not None:
+            keys, values = cache.append(layer, key, value)
+            if not isinstance(mask, str):  # else there is nothing before, and these are as good
+                key, value = keys, values
+        if last is not None and count > 1:
+            rows = torch.arange(batch, device=stream.device)
+            query, stream = query[rows, :, last, None], stream[rows, last, None]  # [B, H, 1, D] and [B, 1, C]
+            mask = _of_last(mask, last, key.shape[2])
+        stream = self._output.added(_attend(query, key, value, mask, self._dtype), stream)
+        x = self._mlp_norm(stream)
+        if self._gate is None:
+            hidden = self._up.activated(x, self._activation)
+        else:
+            hidden = self._gate.activated(x, self._activation) * self._up(x)
+        return self._down.added(hidden, stream)
+
+
+def _of_last(mask: Mask, last: Tensor, length: int) -> Mask:
+    """What one query a row sees, ``[B, 1, 1, S]``, of a mask for all."""
+    if isinstance(mask, Tensor):
+        return mask.expand(len(last), -1, -1, -1)[torch.arange(len(last), device=last.device), :, last, None]
+    return None if mask is None else torch.arange(length, device=last.device) <= last[:, None, None, None]
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask, dtype: torch.dtype) -> Tensor:
+    """What each query gathers, ``[B, T, H D]``; arguments as of ``attend``, in types that may differ.
+
+    ``dtype`` is the model's: where that is bfloat16, many queries are computed in it.
+    """
+    batch, heads, count, dim = query.shape
+    if count == 1 and not isinstance(mask, str):
+        # torch's attention of one query is slow in bfloat16: copies in float32 take a third of its time. Heads that
+        # share keys go as so many queries.
+        found = F.scaled_dot_product_attention(
+            query.reshape(batch, key.shape[1], -1, dim).float(), key.float(), value.float(), mask
+        )
+        return found.reshape(batch, 1, heads * dim).to(query.dtype)
+    if isinstance(mask, str) and heads == key.shape[1] and dtype is torch.bfloat16 and count in _BLOCKS:
+        found = causal_in_blocks(query.to(dtype), key.to(dtype), value.to(dtype))
+    else:
+        found = attend(query.to(key.dtype), key, value, mask)
+    return found.to(query.dtype).transpose(1, 2).flatten(2)
+
+
+def _beside(*linears: nn.Module) -> nn.Module:
+    """Maps of the same input as one, whose output is theirs in this order."""
+    first: Any = linears[0]
+    if not isinstance(first, nn.Linear):
+        return first.beside(linears[1:])  # a quantized one
+    rows = sum(len(linear.get_parameter("weight")) for linear in linears)
+    with torch.device("meta"):
+        whole = nn.Linear(first.in_features, rows, bias=first.bias is not None)
+    for name, _ in list(whole.named_parameters()):
+        joined = torch.cat([linear.get_parameter(name).detach() for linear in linears])
+        setattr(whole, name, nn.Parameter(joined, requires_grad=False))
+    return whole
+
+
+def _norm(norm: nn.Module, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    module: Any = norm
+    shape, weight, eps = module.normalized_shape, module.weight.to(dtype), module.eps
+    if isinstance(norm, nn.RMSNorm):
+        return lambda x: torch.rms_norm(x, shape, weight, eps)
+    bias = module.bias.to(dtype)
+    return lambda x: torch.layer_norm(x, shape, weight, bias, eps)
+
+
+class _Map:
+    """A linear map as its module computes it, and what commonly follows."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._module.forward(x)  # no module of these has hooks
+
+    def activated(self, x: Tensor, activation: str) -> Tensor:
+        return ACTIVATIONS[activation](self(x))
+
+    def added(self, x: Tensor, stream: Tensor) -> Tensor:
+        """The sum of both."""
+        return self(x).add_(stream)
+
+
+# The activations as oneDNN names them: the operation and its variant.
+_FUSED = {"gelu_tanh": ("gelu", "tanh"), "gelu": ("gelu", "none"), "relu": ("relu", ""), "silu": ("swish", "")}
+
+
+class _Packed(_Map):
+    """The same by oneDNN, from a matrix in its own order."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        # One row is what it is packed for; it serves many as well.
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().contiguous(), 1)
+        self._bias = linear.bias
+        self._product = torch.ops.mkldnn._linear_pointwise.default
+        self._sum = torch.ops.mkldnn._linear_pointwise.binary
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._product(x, self._weight, self._bias, "none", [], "")
+
+    def activated(self, x: Tensor, activation: str) -> Tensor:
+        name, variant = _FUSED[activation]
+        return self._product(x, self._weight, self._bias, name, [], variant)
+
+    def added(self, x: Tensor, stream: Tensor) -> Tensor:
+        return self._sum(x, stream, self._weight, self._bias, "add")
+
+
+def _map(linear: nn.Module) -> _Map:
+    """A matrix packed where this torch and CPU can, else as it is."""
+    if isinstance(linear, nn.Linear) and linear.weight.device.type == "cpu" and torch.backends.mkldnn.is_available():
+        with contextlib.suppress(RuntimeError, NotImplementedError, AttributeError):
+            packed = _Packed(linear)
+            packed(torch.zeros(1, linear.in_features, dtype=linear.weight.dtype))
+            return packed
+    return _Map(linear)
