@@ -41,7 +41,7 @@ class Model:
     stepping: Stepping = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self.stepping = Stepping(self.transformer, self.native)
+        self.stepping = Stepping(self.transformer, self.native, lean=True)
 
     @property
     def dtype_name(self) -> str:

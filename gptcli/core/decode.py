@@ -42,16 +42,11 @@ class Decoder:
         longest = max(lengths)
         # Padding on the right is never seen: it stands behind every real query.
         ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=self._weight.device)
-        self.cache = KVCache(
-            self.transformer.config,
-            len(rows),
-            max(capacity, longest),
-            device=self._weight.device,
-            dtype=self._weight.dtype,
-        )
+        capacity, device = max(capacity, longest), self._weight.device
+        forward, dtype = self.stepping.prefill(prompt=longest, tokens=capacity - longest, rows=len(prompts))
+        self.cache = KVCache(self.transformer.config, len(rows), capacity, device=device, dtype=dtype)
         self._step = None
-        last = torch.tensor(lengths, device=self._weight.device) - 1
-        logits: Tensor = self.transformer(ids, self.cache, last=last)
+        logits = forward(ids, self.cache, last=torch.tensor(lengths, device=device) - 1)
         self.cache.set_lengths(lengths)
         if same and len(prompts) > 1:
             self.cache.select([0] * len(prompts))

@@ -141,7 +141,7 @@ def measure_load(folder: Path, model: Model, rounds: int) -> Figure:
 def measure_prefill(model: Model, prompt: int, rounds: int) -> Figure:
     """A prompt of so many tokens, up to the logits of the token after it."""
     ids = some_ids(model, prompt)
-    decoder = Decoder(model.transformer)
+    decoder = Decoder(model.transformer, model.stepping)
     seconds = _rounds(lambda: decoder.prefill([ids], prompt), rounds, model.device)
     flops = count_flops(model.config, prompt).prefill
     settings = {"batch": 1, "prompt_tokens": prompt}

@@ -1,4 +1,8 @@
-"""How a model takes its steps: which ways are worth it, and what they need, made once and kept."""
+"""How a model goes through prompts and takes steps: which ways are worth it, and what they need, made once and kept.
+
+The transformer itself is always one; on a CPU ``Lean`` is another (``core/lean.py``), and where it was built the native
+step (``core/native.py``) is the fastest for a token at a time.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +10,20 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Literal
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from gptcli.core import native, native_build, runtime
 from gptcli.core.cache import KVCache
+from gptcli.core.lean import Lean, worth_packing
 from gptcli.core.model import Transformer
 from gptcli.errors import GptcliError, NotFoundError, UnsupportedError
 
-Way = Literal["native", "transformer"]
+Way = Literal["native", "lean", "transformer"]
 # Tokens [B] int64, one a row, go into the cache; the logits [B, V] of the next come back.
 StepFunction = Callable[[Tensor, KVCache], Tensor]
+# Ids, a cache and ``last``, as Transformer.forward takes them.
+Forward = Callable[..., Tensor]
 
 # Packing reads and writes every weight once, which costs as much as some steps.
 _WORTH_PACKING = 16
@@ -25,7 +33,7 @@ _WORTH_A_THREAD = 1 << 16  # bytes
 
 
 def ways(*, tokens: int, rows: int, packed: Collection[Way]) -> tuple[Way, ...]:
-    """The ways worth trying, best first; the transformer itself is always the last.
+    """The ways worth trying for steps, best first; the transformer itself is always the last.
 
     Decided from counts alone: ``tokens`` still to be made in each row at most, ``rows`` that are decoded together, and
     the ways whose weights are ``packed`` already.
@@ -33,6 +41,8 @@ def ways(*, tokens: int, rows: int, packed: Collection[Way]) -> tuple[Way, ...]:
     worth: list[Way] = []
     if rows <= _MOST_ROWS and ("native" in packed or tokens >= _WORTH_PACKING):
         worth.append("native")
+    if "lean" in packed or worth_packing(0, tokens, rows):
+        worth.append("lean")
     return (*worth, "transformer")
 
 
@@ -47,31 +57,69 @@ def pick_threads(transformer: Transformer, most: int) -> int:
 
 
 class Stepping:
-    """The ways to take steps that one model has.
+    """The ways that one model has.
 
     Attributes:
         folder: where native libraries are; None: there are none.
         told: how the last steps were taken, and why, for whoever asks.
     """
 
-    def __init__(self, transformer: Transformer, folder: Path | None = None) -> None:
+    def __init__(self, transformer: Transformer, folder: Path | None = None, *, lean: bool = False) -> None:
+        """Of ``transformer`` alone; with a ``folder`` of libraries also natively, and with ``lean`` by a ``Lean``."""
         self.transformer = transformer
         self.folder = folder
         self.told = "no step was taken"
+        self._may_lean = lean and transformer.embedding.weight.device.type == "cpu"
+        self._quantized = not isinstance(transformer.unembedding, nn.Linear)
+        self._lean: Lean | None = None
         self._native: native.NativeStep | None = None
         self._no_native: str | None = None  # why there is none; None as well while nobody has looked
 
+    def prefill(self, *, prompt: int, tokens: int, rows: int) -> tuple[Forward, torch.dtype]:
+        """How to go through prompts of up to so many tokens, and in which type the cache is fastest afterwards.
+
+        ``tokens`` are still to be made in each of ``rows`` rows, as ``step`` will be told.
+        """
+        dtype = self.transformer.embedding.weight.dtype
+        natively = "native" in self._worth(tokens, rows) and self._native_step() is not None
+        if not self._leaning(prompt, 0 if natively else tokens, rows):
+            return self.transformer, dtype
+        lean = self._packed_lean()
+        if natively:  # which reads half as much of half as long numbers, where the weights are rounded more anyway
+            return lean, torch.bfloat16 if self._quantized else dtype
+        return lean, lean.cache_dtype
+
     def step(self, *, tokens: int, rows: int) -> StepFunction:
         """How to take steps for so many tokens of so many rows; what is worth it is loaded and packed here."""
-        packed: list[Way] = ["native"] if self._native else []
-        worth = ways(tokens=tokens, rows=rows, packed=packed)
+        worth = self._worth(tokens, rows)
         if "native" in worth and (step := self._native_step()):
             self.told = f"native step ({step.library.features}), threads: {step.threads}, {step.library.file}"
             return step.step
-        self.told = "PyTorch step: " + (
-            self._no_native or f"for {tokens} tokens in {rows} rows nothing else is worth its preparation"
-        )
+        why = self._no_native or f"for {tokens} tokens in {rows} rows nothing else is worth its preparation"
+        if "lean" in worth:
+            self._packed_lean()
+            self.told = f"lean PyTorch step: {self._no_native or f'{rows} rows'}"
+            return self._with_lean
+        self.told = f"PyTorch step: {why}"
         return self._with_transformer
+
+    def _worth(self, tokens: int, rows: int) -> tuple[Way, ...]:
+        packed: list[Way] = [*(["native"] if self._native else []), *(["lean"] if self._lean else [])]  # type: ignore[list-item]
+        worth = ways(tokens=tokens, rows=rows, packed=packed)
+        return worth if self._may_lean else tuple(way for way in worth if way != "lean")
+
+    def _leaning(self, prompt: int, tokens: int, rows: int) -> bool:
+        """A quantized model has nothing to pack but its query, key and value side by side."""
+        worth = self._lean is not None or self._quantized or worth_packing(prompt, tokens, rows)
+        return self._may_lean and worth
+
+    def _packed_lean(self) -> Lean:
+        if self._lean is None:
+            self._lean = Lean(self.transformer)
+        return self._lean
+
+    def _with_lean(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        return self._packed_lean()(tokens[:, None], cache)[:, -1]  # [B, V]
 
     def _with_transformer(self, tokens: Tensor, cache: KVCache) -> Tensor:
         logits: Tensor = self.transformer(tokens[:, None], cache)  # [B, 1, V]

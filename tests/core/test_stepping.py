@@ -22,9 +22,10 @@ from tests.core.test_model import CONFIGS, GPT2, visible_model
 def test_ways_from_counts() -> None:
     assert ways(tokens=1, rows=1, packed=()) == ("transformer",)
     assert ways(tokens=15, rows=16, packed=()) == ("transformer",)
-    assert ways(tokens=128, rows=1, packed=()) == ("native", "transformer")
+    assert ways(tokens=128, rows=1, packed=()) == ("native", "lean", "transformer")
     assert ways(tokens=1, rows=1, packed=("native",)) == ("native", "transformer")
-    assert ways(tokens=128, rows=1000, packed=("native",)) == ("transformer",)
+    assert ways(tokens=1, rows=1, packed=("lean",)) == ("lean", "transformer")
+    assert ways(tokens=128, rows=1000, packed=("native",)) == ("lean", "transformer")
 
 
 def test_a_thread_has_to_be_worth_its_waits() -> None:
@@ -69,6 +70,31 @@ def test_generated_text_is_the_slow_twins(model: Model, sampling: Sampling, slid
     assert ours == wanted
     for row, steps in enumerate(alone):
         assert [step.token for step in steps] == [step.token for step in wanted if step.row == row]
+
+
+@pytest.mark.parametrize("sampling", [Sampling(temperature=0), Sampling()])
+def test_the_lean_text_is_the_slow_twins(model: Model, sampling: Sampling) -> None:
+    requests = [Request(prompt, seed=11 * i, max_tokens=40, ignore_eos=True) for i, prompt in enumerate(PROMPTS)]
+    model.stepping = Stepping(model.transformer, lean=True)
+    ours = list(generate(model, requests, sampling))
+    assert model.stepping.told.startswith("lean PyTorch step")
+    model.stepping = Stepping(model.transformer)
+    assert ours == list(generate(model, requests, sampling))
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_quantized_models_keep_a_short_cache_where_steps_are_native(tiny_folder: Path, built: Path, kind: str) -> None:
+    tokenizer = Tokenizer.from_folder(tiny_folder)
+    model = open_model(tiny_folder, tokenizer, device="cpu", dtype="float32", quantize=kind, native=built)
+    kept = []
+    for folder in (built, None):
+        decoder = Decoder(model.transformer, Stepping(model.transformer, folder, lean=True))
+        logits = [decoder.prefill([PROMPTS[2], PROMPTS[1]], 60)]
+        logits += [decoder.step(torch.tensor([token, token])) for token in (7, 90)]
+        assert decoder.cache is not None
+        kept.append((decoder.cache.keys[0].dtype, torch.stack(logits).float()))
+    assert [dtype for dtype, _ in kept] == [torch.bfloat16, torch.float32]
+    torch.testing.assert_close(kept[0][1], kept[1][1], atol=0.1 * kept[1][1].std().item(), rtol=0)
 
 
 def test_a_short_answer_pays_for_nothing(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
