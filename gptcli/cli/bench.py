@@ -42,9 +42,9 @@ def bench(
     rounds: Annotated[int, typer.Option("--rounds", metavar="N", help="How often each thing is measured.")] = 5,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
+    quantize: options.Quantize = "none",
     threads: options.Threads = None,
     offline: options.Offline = False,
-    # --quantize stands here, and goes to open_for_inference below and to measure_load.
 ) -> None:
     """Measure this machine with a model.
 
@@ -54,13 +54,14 @@ def bench(
     out: Output = ctx.obj
     parts = _parts(only)
     sizes = _batches(batch)
+    options.choice("--quantize", quantize, options.QUANTIZE)
     for name, value, least in (("--prompt", prompt, 1), ("--tokens", tokens, 2), ("--rounds", rounds, 1)):
         if value is not None and value < least:
             raise UsageError(f"{name} {value} is out of range", f"it should be {least} or more")
 
     from gptcli.cli.opening import find, open_for_inference
 
-    loaded = open_for_inference(model, out, device=device, dtype=dtype, threads=threads)
+    loaded = open_for_inference(model, out, device=device, dtype=dtype, quantize=quantize, threads=threads)
     work = _Work(out, loaded, find(model).folder, rounds)
     work.plan(parts, sizes, prompt, tokens)
     work.measure(asked=only is not None)
@@ -196,10 +197,8 @@ class _Work:
             "model": model.name,
             "parameters": sum(parameter.numel() for parameter in model.transformer.parameters()),
             "weights_bytes": weight_bytes(model.transformer),
-            "device": str(model.device),
+            **model.used,
             "device_name": runtime.device_name(model.device),
-            "dtype": model.dtype_name,
-            "quantize": getattr(model, "quantize", "none"),
             "threads": runtime.threads(),
             "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
             "versions": {"gptcli": __version__, "torch": runtime.torch_version()},

@@ -112,6 +112,7 @@ def embed(
     special: options.Special = "text",
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
+    quantize: options.Quantize = "none",
     threads: options.Threads = None,
     offline: options.Offline = False,
 ) -> None:
@@ -124,6 +125,7 @@ def embed(
     options.choice("--errors", errors, ERRORS)
     options.choice("--special", special, ("text", "parse"))
     options.choice("--pool", pool, ("last", "mean", "none"))
+    options.choice("--quantize", quantize, options.QUANTIZE)
     if table is not None:
         options.choice("--table", table, ("embedding", "unembedding"))
     asked = _Asked(nearest, expression, direction, similarity, plot, plot_file, output)
@@ -151,7 +153,7 @@ def embed(
     from gptcli.cli.embed_vectors import Work
     from gptcli.cli.opening import open_for_inference
 
-    loaded = open_for_inference(model, out, device=device, dtype=dtype, threads=threads)
+    loaded = open_for_inference(model, out, device=device, dtype=dtype, quantize=quantize, threads=threads)
     kind: Table = "unembedding" if table == "unembedding" else "embedding"
     if words:
         from gptcli.cli.embed_words import Words

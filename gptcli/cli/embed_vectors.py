@@ -74,8 +74,7 @@ class Work:
         source: dict[str, Any] = {"table": self.table}
         if self.table is None:
             source = {"pool": self.pool, "layer": resolve_layer(self.layer, self.model.config.layers)}
-        used = {"device": str(self.model.device), "dtype": self.model.dtype_name}
-        return {"model": self.model.name, **source, "dimensions": self.model.config.width, **used}
+        return {"model": self.model.name, **source, "dimensions": self.model.config.width, **self.model.used}
 
     def source(self) -> str:
         """Where the vectors come from, in words."""

@@ -50,6 +50,7 @@ def score(
     special: options.Special = "text",
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
+    quantize: options.Quantize = "none",
     threads: options.Threads = None,
     offline: options.Offline = False,
 ) -> None:
@@ -61,6 +62,7 @@ def score(
     out: Output = ctx.obj
     options.choice("--errors", errors, ERRORS)
     options.choice("--special", special, ("text", "parse"))
+    options.choice("--quantize", quantize, options.QUANTIZE)
     if total and above is not None:
         raise UsageError("--total and --above ask for different things", "give one of them")
     if above is not None and math.isnan(above):
@@ -71,7 +73,7 @@ def score(
 
     from gptcli.cli.opening import open_for_inference
 
-    loaded = open_for_inference(model, out, device=device, dtype=dtype, threads=threads)
+    loaded = open_for_inference(model, out, device=device, dtype=dtype, quantize=quantize, threads=threads)
     from gptcli.cli.score_read import Reader
     from gptcli.core.score import check_stride, default_stride
 

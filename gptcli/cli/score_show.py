@@ -293,6 +293,5 @@ def _totals_as_json(view: View, totals: Totals) -> dict[str, Any]:
         "bytes": totals.bytes,
         "documents": totals.documents,
         "stride": view.stride,
-        "device": str(view.model.device),
-        "dtype": view.model.dtype_name,
+        **view.model.used,
     }

@@ -59,6 +59,7 @@ def trace(
     seed: options.Seed = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
+    quantize: options.Quantize = "none",
     threads: options.Threads = None,
     offline: options.Offline = False,
 ) -> None:
@@ -69,6 +70,7 @@ def trace(
     out: Output = ctx.obj
     options.choice("--errors", errors, ERRORS)
     options.choice("--special", special, ("text", "parse"))
+    options.choice("--quantize", quantize, options.QUANTIZE)
     if truncate_prompt is not None:
         options.choice("--truncate-prompt", truncate_prompt, ("left",))
     for name, value in (("--max-tokens", max_tokens), ("--top", top)):
@@ -89,7 +91,7 @@ def trace(
 
     from gptcli.cli.opening import open_for_inference
 
-    loaded = open_for_inference(model, out, device=device, dtype=dtype, threads=threads)
+    loaded = open_for_inference(model, out, device=device, dtype=dtype, quantize=quantize, threads=threads)
     from gptcli.core import runtime
     from gptcli.core.trace import check_place
 
@@ -255,8 +257,7 @@ def _as_json(work: _Work, asked: _Asked, made: Sequence[Trace], prompt: str) -> 
             for one in made[1:]
         ],
         "seed": work.seed,
-        "device": str(model.device),
-        "dtype": model.dtype_name,
+        **model.used,
     }
     if asked.lens:
         value["lens"] = _lens(first)

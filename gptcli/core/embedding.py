@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gptcli.core.build import Model
+from gptcli.core.model import matrix_of
 from gptcli.errors import CorruptError, LimitError, UsageError
 
 Pool = Literal["last", "mean", "none"]
@@ -222,8 +223,10 @@ class Rows:
     """
 
     def __init__(self, model: Model, table: Table = "embedding") -> None:
-        matrix = model.transformer.embedding if table == "embedding" else model.transformer.unembedding
-        self.weight: Tensor = matrix.weight[: min(model.config.vocab_size, model.tokenizer.vocab_size)]
+        weight = (
+            model.transformer.embedding.weight if table == "embedding" else matrix_of(model.transformer.unembedding)
+        )
+        self.weight: Tensor = weight[: min(model.config.vocab_size, model.tokenizer.vocab_size)]
         self.name = model.name
 
     def row(self, id_: int) -> Tensor:

@@ -122,7 +122,8 @@ def measure_load(folder: Path, model: Model, rounds: int) -> Figure:
     size = sum(file.stat().st_size for file in files)
 
     def load() -> None:
-        opened = open_model(folder, model.tokenizer, name=model.name, device=str(model.device), dtype=model.dtype_name)
+        asked = {"device": str(model.device), "dtype": model.dtype_name, "quantize": model.quantize}
+        opened = open_model(folder, model.tokenizer, name=model.name, native=model.native, **asked)
         _touch(opened.transformer)
         runtime.synchronize(model.device)
 

@@ -200,6 +200,12 @@ class MLP(nn.Module):
         return made
 
 
+def matrix_of(linear: nn.Module) -> Tensor:
+    """The matrix ``[out, in]`` of a linear map, also of one that keeps it in another form."""
+    in_few_bits: Callable[[], Tensor] | None = getattr(linear, "dequantized", None)
+    return linear.get_parameter("weight") if in_few_bits is None else in_few_bits()
+
+
 def make_norm(config: ModelConfig) -> nn.Module:
     """The norm of a configuration, over the last axis."""
     kinds = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gptcli.core.build import Model
 from gptcli.core.generate import check_finite, check_prompt
-from gptcli.core.model import Transformer
+from gptcli.core.model import Transformer, matrix_of
 from gptcli.core.predict import Distribution, distribution, probabilities
 from gptcli.core.sampling import sample
 from gptcli.core.settings import Sampling
@@ -185,7 +185,7 @@ def head_outputs(transformer: Transformer, layer: int, weights: Tensor, value: T
     """
     values = value.float().repeat_interleave(len(weights) // len(value), 0)  # [H, S, D]
     gathered = (weights[:, None] @ values)[:, 0]  # [H, D]
-    output = transformer.blocks[layer].get_parameter("attention.output.weight")  # [C, H D]
+    output = matrix_of(transformer.blocks[layer].get_submodule("attention.output"))  # [C, H D]
     return torch.einsum("hd,chd->hc", gathered, output.float().unflatten(1, gathered.shape))
 
 

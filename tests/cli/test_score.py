@@ -339,3 +339,16 @@ def test_a_reader_that_leaves_ends_it_quietly(tiny_folder: Path) -> None:
     )
     assert done.stdout.endswith(b"Once upon a time\n")
     assert done.stderr == b""
+
+
+def test_fewer_bits_a_weight_cost_some_bits_a_byte(run: Run) -> None:
+    """On fable and a text of its kind: int8 next to nothing, int4 little."""
+    text = "Once upon a time there was a little girl who lived in a small house near the forest with her mother. " * 2
+    bits = {}
+    for kind in ("none", "int8", "int4"):
+        told = run("score", text, "--json", "--total", "--quantize", kind, "--dtype", "float32").json
+        assert told["quantize"] == kind
+        bits[kind] = told["bits_per_byte"]
+    assert bits["int8"] != bits["none"]
+    assert bits["int8"] == pytest.approx(bits["none"], rel=0.02)
+    assert bits["int4"] == pytest.approx(bits["none"], rel=0.15)

@@ -501,3 +501,17 @@ def test_the_terminal_is_put_back_when_a_signal_ends_the_wait(
     assert termios.tcgetattr(reader._secondary) != reader.settings
     reader.process.send_signal(number)
     assert reader.end() == code
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_quantized_model_is_followed_too(run: Run, tiny_folder: Path, kind: str) -> None:
+    """Heads' shares are those of the matrices as they are multiplied with."""
+    told = run("trace", "a b c", "-m", tiny_folder, "--json", "--quantize", kind, "--dtype", "float32").json
+    exact = run("trace", "a b c", "-m", tiny_folder, "--json", "--dtype", "float32").json
+    assert (told["quantize"], exact["quantize"]) == (kind, "none")
+    for one, other in zip(told["stages"], exact["stages"], strict=True):
+        assert (one["name"], one["shape"]) == (other["name"], other["shape"])
+        if one["name"].endswith(".pattern"):
+            ours, wanted = ([head["norm"] for head in stage["summary"]["heads"]] for stage in (one, other))
+            assert ours == pytest.approx(wanted, rel=0.3)
+            assert ours != wanted
