@@ -82,8 +82,8 @@ def test_embed_fields(gptcli: Gptcli, tiny_folder: Path, tmp_path: Path) -> None
     ]
     found = [objects(gptcli(*common, *run).stdout)[0] for run in runs]
     assert documented("embed") == {name for value in found for name in value}
-    assert set(found[0]) == {"model", "pool", "layer", "dimensions", "items", "device", "dtype"}
-    assert set(found[1]) == {"model", "table", "expression", "excluded", "nearest", "device", "dtype"}
+    assert set(found[0]) == {"model", "pool", "layer", "dimensions", "items", "device", "dtype", "quantize"}
+    assert set(found[1]) == {"model", "table", "expression", "excluded", "nearest", "device", "dtype", "quantize"}
     inner = {name for value in found for key in ("items", "nearest", "words") for name in value.get(key, [{}])[0]}
     assert inner == {"text", "tokens", "vector", "x", "y", "id", "cosine", "projection"}
 
