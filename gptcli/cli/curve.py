@@ -6,6 +6,8 @@ import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+from gptcli.cli.cells import cells, cut
+
 Point = tuple[float, "float | None"]
 _Dots = list[tuple[int, float]]  # column of dots, value
 
@@ -48,8 +50,8 @@ def paint(
     lines = [_clean(points, log_x) for points in series.values()]
     symbols = _symbols(list(series), marks, unicode)
     more = "…" if unicode else "~"
-    names = [_fit(name, width - 4, more) for name in series]
-    head = _head(_fit(title, width, more), names, symbols, width, max(1, height // 4), more)
+    names = [cut(name, width - 4, end=more) for name in series]
+    head = _head(cut(title, width, end=more), names, symbols, width, max(1, height // 4), more)
     rows = max(1, height - len(head) - 2)
     if not any(lines):
         text = "nothing to draw yet"[: max(0, width)]
@@ -317,8 +319,8 @@ def _head(
 ) -> list[list[Piece]]:
     """The title with the legend at its right; where that is too narrow, the legend on lines of its own."""
     items = [(f"{symbol} {name}", number) for number, (symbol, name) in enumerate(zip(symbols, names, strict=True))]
-    lengths = [_cells(text) for text, _ in items]
-    room = width - _cells(title) - sum(lengths) - 2 * max(0, len(items) - 1)
+    lengths = [cells(text) for text, _ in items]
+    room = width - cells(title) - sum(lengths) - 2 * max(0, len(items) - 1)
     if items and room >= (3 if title else 0):
         line = [Piece(title + " " * room)]
         for text, number in items:
@@ -378,20 +380,3 @@ def _trimmed(line: list[Piece]) -> list[Piece]:
     while line and line[-1].series is None and not line[-1].text.strip():
         line.pop()
     return line
-
-
-def _cells(text: str) -> int:
-    if text.isascii():
-        return len(text)
-    from rich.cells import cell_len
-
-    return cell_len(text)
-
-
-def _fit(text: str, width: int, more: str) -> str:
-    """``text``, its end left out where it is wider than ``width`` cells."""
-    if _cells(text) <= width:
-        return text
-    from rich.cells import set_cell_size
-
-    return set_cell_size(text, max(0, width - 1)).rstrip() + more if width > 0 else ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 
-from gptcli.cli.embed_text import cells, fitted, padded
+from gptcli.cli.cells import cells, cut, fit
 from gptcli.cli.embed_vectors import Work
 from gptcli.cli.out import Output
 from gptcli.cli.shade import COLD, HEAT, shade
@@ -33,7 +33,7 @@ def show_similarity(out: Output, work: Work, texts: Sequence[str]) -> None:
     width = shutil.get_terminal_size().columns
     for line in heat_map(names, matrix, width, colored=out.colored()):
         out.data(line)
-    out.data(out.style(fitted(f"cosines, {work.source()}", width), "dim"))
+    out.data(out.style(cut(f"cosines, {work.source()}", width), "dim"))
 
 
 def heat_map(names: Sequence[str], matrix: Sequence[Sequence[float]], width: int, *, colored: bool) -> list[str]:
@@ -59,12 +59,12 @@ def heat_map(names: Sequence[str], matrix: Sequence[Sequence[float]], width: int
     if cell == _PATCH:  # no room for a number above each
         lines = [" " * before + "".join(_right(head if int(head) % 5 == 0 else "", cell) for head in heads)]
     for place in range(count):
-        start = (f"{place + 1:>{digits}} " if numbered else "") + padded(names[place], room)
+        start = (f"{place + 1:>{digits}} " if numbered else "") + fit(names[place], room)
         lines.append(start + "".join(_cell(value, cell, low, high, colored) for value in matrix[place][:count]))
     if count < total:
         lines.append(f"the first {count} of {total}: in a pipe or with --json all are there"[:width])
     if colored:
-        lines.append(fitted(f"from no colour at {low:.2f} to the strongest at {high:.2f}", width))
+        lines.append(cut(f"from no colour at {low:.2f} to the strongest at {high:.2f}", width))
     return lines
 
 
@@ -89,5 +89,5 @@ def _right(head: str, cell: int) -> str:
     """A column's head, over the right end of its numbers."""
     if cell == _PATCH:
         return head.rjust(cell)[-cell:]
-    shown = fitted(head, cell - 1)
+    shown = cut(head, cell - 1)
     return " " * (cell - 1 - cells(shown)) + shown + " "

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gptcli.cli.embed_text import cells, fitted
+from gptcli.cli.cells import cells, cut
 from gptcli.cli.embed_vectors import Work
 from gptcli.cli.out import Output, harmless
-from gptcli.errors import UsageError
 
 _MARK = "●"
 _LONGEST_LABEL = 24
@@ -20,7 +18,9 @@ _LONGEST_LABEL = 24
 def show_plot(out: Output, work: Work, texts: Sequence[str], file: Path | None, *, drawn: bool) -> None:
     """Draw the points into ``file`` if there is one, and with ``drawn`` or without a file on stdout."""
     if file is not None:
-        _matplotlib()  # what is missing is told at once
+        from gptcli.cli.figure import need_matplotlib
+
+        need_matplotlib("--plot to draw in the terminal")  # what is missing is told at once
     from gptcli.core.embedding import principal_components
 
     items = work.items(texts)
@@ -50,7 +50,7 @@ def show_plot(out: Output, work: Work, texts: Sequence[str], file: Path | None, 
         out.data(line)
     x, y = found.explained
     said = f"PCA: {x:.1%} of the variance across, {y:.1%} up; {work.source()}"
-    out.data(out.style(fitted(said, size.columns), "dim"))
+    out.data(out.style(cut(said, size.columns), "dim"))
     if dropped:
         out.note(f"{dropped} of {len(names)} labels found no room; a wider terminal or --plot-file has more")
 
@@ -72,7 +72,7 @@ def scatter(
         canvas.put(column, row, _MARK)
     dropped = 0
     for name, (column, row) in zip(names, places, strict=True):
-        shown = fitted(name, min(_LONGEST_LABEL, width // 2))
+        shown = cut(name, min(_LONGEST_LABEL, width // 2))
         length = cells(shown)
         beside = ((column + 2, row), (column - 1 - length, row))
         around = ((column - length // 2, row - 1), (column - length // 2, row + 1))
@@ -122,18 +122,6 @@ def _spread(values: Sequence[float], last: int) -> list[int]:
     return [round((value - low) / (high - low) * last) for value in values]
 
 
-def _matplotlib() -> tuple[Any, Any]:
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UsageError(
-            "drawing into a file needs matplotlib, which is not installed",
-            "pip install 'gptcli[plot]', or --plot to draw in the terminal",
-        ) from None
-    return rc_context, Figure
-
-
 def _into_file(
     file: Path,
     names: Sequence[str],
@@ -141,28 +129,18 @@ def _into_file(
     explained: tuple[float, float],
     source: str,
 ) -> None:
+    from gptcli.cli.figure import figure
     from gptcli.core.embedding_file import write_whole
 
-    rc_context, figure_class = _matplotlib()
-    plain: Any = {
-        "svg.hashsalt": "gptcli",
-        "text.parse_math": False,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-    }
-    with rc_context(plain):
-        figure = figure_class(figsize=(8, 6), dpi=150, layout="constrained")
-        axes = figure.add_subplot()
+    def draw(axes: Any) -> None:
         axes.scatter([x for x, _ in points], [y for _, y in points], s=18, color="C0")
         for name, point in zip(names, points, strict=True):
-            shown = fitted(harmless(name), 2 * _LONGEST_LABEL)
+            shown = cut(harmless(name), 2 * _LONGEST_LABEL)
             axes.annotate(shown, point, xytext=(5, 4), textcoords="offset points", fontsize=9)
         axes.set_xlabel(f"first component, {explained[0]:.1%} of the variance")
         axes.set_ylabel(f"second component, {explained[1]:.1%}")
         axes.set_title(source, fontsize=9)
         axes.margins(0.12)
         axes.grid(alpha=0.25)
-        made = io.BytesIO()
-        kind = file.suffix.lower().removeprefix(".")
-        figure.savefig(made, format=kind, metadata={"Date": None} if kind == "svg" else {"Software": None})
-    write_whole(file, made.getbuffer())
+
+    write_whole(file, figure(file.suffix.lower().removeprefix("."), (8, 6), draw))

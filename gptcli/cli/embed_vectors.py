@@ -9,9 +9,9 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gptcli.cli.embed_text import fitted, label, padded
+from gptcli.cli.cells import cut, fit
 from gptcli.cli.out import Output
-from gptcli.cli.tokens import quoted
+from gptcli.cli.tokens import label, quoted
 
 if TYPE_CHECKING:
     from gptcli.core.build import Model
@@ -132,21 +132,21 @@ class Work:
         room = max(10, min(40, width // 3))
         found = zip(texts, self.vectors(texts), strict=True)
         first = next(found)  # what is wrong is told before anything is shown
-        title = fitted(f"{self.source()}: {self.model.config.width} numbers each", width)
+        title = cut(f"{self.source()}: {self.model.config.width} numbers each", width)
         self.out.data(self.out.style(title, "dim"))
         for text, vector in chain([first], found):
             if vector.values.dim() == 2:
-                self.out.data(self.out.style(fitted(label(text), width), "bold"))
+                self.out.data(self.out.style(cut(label(text), width), "bold"))
             for token in vector.tokens():
                 shown = label(text)
                 if vector.values.dim() == 2:
                     shown = quoted(self.model.tokenizer.token_bytes(token.ids[0]))
-                start = f"{padded(shown, room)}  norm {token.norm:<8.4g}"
+                start = f"{fit(shown, room)}  norm {token.norm:<8.4g}"
                 numbers = token.numbers()
-                fit = max(0, min(len(numbers), (width - room - 18) // 8))
-                more = " …" if fit < len(numbers) else ""
-                line = "".join(f"{number:8.3f}" for number in numbers[:fit])
-                self.out.data(fitted(start, width) + self.out.style(line + more, "dim"))
+                count = max(0, min(len(numbers), (width - room - 18) // 8))
+                more = " …" if count < len(numbers) else ""
+                line = "".join(f"{number:8.3f}" for number in numbers[:count])
+                self.out.data(cut(start, width) + self.out.style(line + more, "dim"))
 
     def _counted(self, vectors: Iterator[Vector], total: int) -> Iterator[Vector]:
         """The same vectors; of many, a bar shows a person how far it is."""

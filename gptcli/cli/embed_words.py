@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from gptcli.cli.embed_text import bar, cells, fitted, padded, signed_bar
+from gptcli.cli.cells import bar, cells, cut, fit, signed_bar
 from gptcli.cli.out import Output
 from gptcli.cli.tokens import quoted, visible
 from gptcli.errors import UsageError
@@ -127,10 +127,10 @@ class Words:
         names = [self._quoted(near.id) for near in found]
         room = min(max(map(cells, names), default=0), max(8, width // 3))
         title = f"nearest to {shown} by cosine, {self.table} of {self.model.name}"
-        self.out.data(self.out.style(fitted(title, width), "dim"))
+        self.out.data(self.out.style(cut(title, width), "dim"))
         longest = min(_LONGEST_BAR, width - room - 9)
         for near, name in zip(found, names, strict=True):
-            line = f"{near.cosine:6.3f}  {self.out.style(padded(name, room), 'bold')}"
+            line = f"{near.cosine:6.3f}  {self.out.style(fit(name, room), 'bold')}"
             self.out.data(f"{line} {bar(near.cosine, longest)}".rstrip())
 
     def _show_direction(self, shown: str, found: Sequence[Along], ends: int | None) -> None:
@@ -144,12 +144,12 @@ class Words:
         room = min(max(map(cells, names), default=0), max(8, width // 3))
         measure = "projection" if ends is None else "cosine"
         title = f"along {shown} by {measure}, {self.table} of {self.model.name}"
-        self.out.data(self.out.style(fitted(title, width), "dim"))
+        self.out.data(self.out.style(cut(title, width), "dim"))
         half = max(1, min(_LONGEST_BAR // 2, (width - room - 11) // 2))
         values = [each.projection if ends is None else each.cosine for each in found]
         most = max(map(abs, values), default=0.0) or 1.0
         for number, (value, name) in enumerate(zip(values, names, strict=True)):
             if number == ends and len(found) == 2 * ends:
                 self.out.data(self.out.style("...".rjust(5), "dim"))
-            line = f"{value:8.3f}  {self.out.style(padded(name, room), 'bold')}"
+            line = f"{value:8.3f}  {self.out.style(fit(name, room), 'bold')}"
             self.out.data(f"{line} {signed_bar(value / most, half)}".rstrip())

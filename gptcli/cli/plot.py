@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -242,23 +241,11 @@ def _into_file(
 
     The same data gives the same bytes, by the same matplotlib.
     """
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UsageError(
-            "drawing into a file needs matplotlib, which is not installed",
-            "pip install 'gptcli[plot]', or leave --output out to draw in the terminal",
-        ) from None
-    plain: Any = {
-        "svg.hashsalt": "gptcli",
-        "text.parse_math": False,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-    }
-    with rc_context(plain):
-        figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
-        axes = figure.add_subplot()
+    from gptcli.cli.figure import figure, need_matplotlib
+
+    need_matplotlib("leave --output out to draw in the terminal")
+
+    def draw(axes: Any) -> None:
         for number, (name, points) in enumerate(series.items()):
             xs, ys = [place for place, _ in points], [value or 0.0 for _, value in points]
             style: dict[str, Any] = {"color": f"C{number}"}
@@ -279,7 +266,5 @@ def _into_file(
             axes.xaxis.set_major_formatter(lambda value, _: human(value))
         axes.grid(alpha=0.25)
         axes.legend(frameon=False)
-        made = io.BytesIO()
-        kind = file.suffix.lower().removeprefix(".")
-        figure.savefig(made, format=kind, metadata={"Date": None} if kind == "svg" else {"Software": None})
-    file.write_bytes(made.getvalue())
+
+    file.write_bytes(figure(file.suffix.lower().removeprefix("."), (8, 4.5), draw))

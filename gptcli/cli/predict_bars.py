@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from gptcli.cli.cells import bar, cut
+from gptcli.cli.cells import cells as width_of
 from gptcli.cli.out import harmless
 from gptcli.cli.tokens import visible
 
@@ -16,7 +18,6 @@ Style = Callable[[str, str], str]  # text, and "bold" or "dim"
 _NUMBER = 10  # cells of "100.0000 %"
 _GAP = 2
 _LEAST_BAR, _WIDEST_BAR = 5, 80
-_EIGHTHS = ("", "▏", "▎", "▍", "▌", "▋", "▊", "▉")
 
 
 def percent(probability: float) -> str:
@@ -25,21 +26,15 @@ def percent(probability: float) -> str:
     return f"{value:.4f} %" if value >= 1e-4 or value == 0 else f"{value:.1e} %"
 
 
-def bar(share: float, width: int) -> str:
-    """A bar of ``share`` (0 to 1) of ``width`` cells, to an eighth of a cell."""
-    eighths = round(share * width * 8)
-    return "█" * (eighths // 8) + _EIGHTHS[eighths % 8]
-
-
 def title(model: str, prompt: str, width: int) -> tuple[str, str]:
     """The model, and the end of the prompt as far as the line has room: what the tokens below would follow."""
     before = f"{harmless(model)} after "
     shown = visible(prompt.encode("utf-8", errors="replace"))
-    room = max(8, width - _cells(before) - 2)
-    if _cells(shown) <= room:
+    room = max(8, width - width_of(before) - 2)
+    if width_of(shown) <= room:
         return before, f'"{shown}"'
     shown = shown[-room:]
-    while _cells(shown) > room - 1:
+    while width_of(shown) > room - 1:
         shown = shown[1:]
     return before, f'…{shown}"'
 
@@ -57,7 +52,7 @@ def distributions(found: Sequence[Distribution], tokens: Sequence[str], rest: in
         style: marks a text.
     """
     names = [*tokens, *([f"{rest:,} other{'s' * (rest > 1)}"] if rest else []), "entropy"]
-    label = min(max(map(_cells, names)), max(12, width // 3))
+    label = min(max(map(width_of, names)), max(12, width // 3))
     cell = (width - label) // len(found) - _GAP
     most = max(each.top[0].probability for each in found)
     if len(found) > 1 and cell < _NUMBER + 1 + _LEAST_BAR:
@@ -99,7 +94,7 @@ def choices(
 
     Where the terminal is narrow, the last two are left out.
     """
-    label = min(max(map(_cells, names)), max(12, width // 3))
+    label = min(max(map(width_of, names)), max(12, width // 3))
     nats = max(len(f"{logprob:.4f}") for logprob in logprobs)
     digits = len(str(max(counts)))
     facts = [
@@ -120,24 +115,6 @@ def choices(
 
 
 def _row(name: str, cells: Sequence[str], label: int, cell: int) -> str:
-    fitted = _fitted(name, label)
-    padded = [" " * _GAP + text + " " * (cell - _cells(text)) for text in cells]
-    return (fitted + " " * (label - _cells(fitted)) + "".join(padded)).rstrip()
-
-
-def _fitted(text: str, width: int) -> str:
-    """``text``, its end left out where it is wider than ``width`` cells."""
-    if _cells(text) <= width:
-        return text
-    from rich.cells import set_cell_size
-
-    return set_cell_size(text, width - 1).rstrip() + "…"
-
-
-def _cells(text: str) -> int:
-    """How many cells of a terminal a text takes."""
-    if text.isascii():
-        return len(text)
-    from rich.cells import cell_len
-
-    return cell_len(text)
+    fitted = cut(name, label)
+    padded = [" " * _GAP + text + " " * (cell - width_of(text)) for text in cells]
+    return (fitted + " " * (label - width_of(fitted)) + "".join(padded)).rstrip()

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from gptcli.cli.cells import bar
 from gptcli.cli.out import Output, harmless
 
 _SHORTEST_BAR, _LONGEST_BAR = 8, 60
@@ -46,7 +47,7 @@ def as_text(table: Table, out: Output, *, shares: Sequence[float] | None = None)
     room = None if width is None else width - sum(widths) - 2 * len(widths)
     bars = bars_of(shares, room) if shares is not None else [""] * len(table.rows)
     lines = _wrapped(out, table.title, "bold") if table.title else []
-    for row, bar, is_title in [
+    for row, drawn, is_title in [
         (_titles(table), "", True),
         *((r, b, False) for r, b in zip(table.rows, bars, strict=True)),
     ]:
@@ -54,7 +55,7 @@ def as_text(table: Table, out: Output, *, shares: Sequence[float] | None = None)
             harmless(row[i]).rjust(size) if table.columns[i].right else harmless(row[i]).ljust(size)
             for i, size in zip(kept, widths, strict=True)
         ]
-        line = "  ".join([*cells, bar]).rstrip()
+        line = "  ".join([*cells, drawn]).rstrip()
         lines.append(out.style(line, "dim") if is_title else line)
     for note in table.notes:
         lines += _wrapped(out, note, "dim")
@@ -66,12 +67,7 @@ def bars_of(shares: Iterable[float], room: int | None) -> list[str]:
     shares = list(shares)
     if room is None or room < _SHORTEST_BAR or not any(shares):
         return [""] * len(shares)
-    scale = 8 * min(room, _LONGEST_BAR) / max(shares)
-    return [_bar(round(share * scale)) for share in shares]
-
-
-def _bar(eighths: int) -> str:
-    return "█" * (eighths // 8) + ("", "▏", "▎", "▍", "▌", "▋", "▊", "▉")[eighths % 8]
+    return [bar(share / max(shares), min(room, _LONGEST_BAR)) for share in shares]
 
 
 def as_markdown(table: Table) -> list[str]:

@@ -18,3 +18,8 @@ def quoted(data: bytes) -> str:
     """Token bytes between quotes, so that a space at either end is seen: ``" the"``. A quote inside has a backslash."""
     shown = visible(data).replace('"', '\\"')
     return f'"{shown}"'
+
+
+def label(text: str) -> str:
+    """A text as ``quoted`` shows a token's."""
+    return quoted(text.encode("utf-8", errors="surrogatepass"))

@@ -247,16 +247,7 @@ def _as_json(work: _Work, asked: _Asked, made: Sequence[Trace], prompt: str) -> 
     value: dict[str, Any] = {
         "model": model.name,
         "prompt": prompt,
-        "stages": [
-            {
-                "name": stage.name,
-                "symbols": stage.symbols,
-                "shape": list(stage.shape),
-                "dtype": stage.dtype,
-                "summary": stage.summary,
-            }
-            for stage in first.stages
-        ],
+        "stages": [stage.to_dict() for stage in first.stages],
         "next": {"model": model.name, "prompt": prompt, "tokens": first.ids} | as_json(first.next, model.tokenizer),
         "drawn": _drawn(model, first.drawn),
         "then": [

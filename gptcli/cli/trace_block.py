@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from gptcli.cli.trace_sheet import Sheet, Span, bar, cells, cut_token, pad
+from gptcli.cli.cells import bar, cells, cut_token, pad
+from gptcli.cli.trace_sheet import Sheet, Span
 from gptcli.cli.trace_view import sizes
 from gptcli.cli.trace_words import degrees, looked_at, number, percent, strongest, title, token, words
 

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from gptcli.cli.trace_sheet import Sheet, Span, cells, cut_token, pad, pad_left
+from gptcli.cli.cells import cells, cut_token, pad, pad_left
+from gptcli.cli.trace_sheet import Sheet, Span
 from gptcli.cli.trace_view import sizes
 from gptcli.cli.trace_words import percent, title, token, words
 

@@ -76,16 +76,7 @@ def page_data(window: Window, later: Sequence[Trace], prompt: str) -> dict[str, 
         "prompt": prompt,
         "first": window.first,
         "tokens": [{"id": token.id, "text": token.text} for token in window.tokens],
-        "stages": [
-            {
-                "name": stage.name,
-                "symbols": stage.symbols,
-                "shape": list(stage.shape),
-                "dtype": stage.dtype,
-                "summary": stage.summary,
-            }
-            for stage in trace.stages
-        ],
+        "stages": [stage.to_dict() for stage in trace.stages],
         "patterns": {str(layer): heads for layer, heads in window.patterns().items()},
         "lens": [[{"id": one.id, "probability": one.probability} for one in row] for row in window.lens()],
         "logits": _logits(trace),

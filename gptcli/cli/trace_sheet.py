@@ -10,12 +10,12 @@ import shutil
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
+from gptcli.cli.cells import cells, cut, pad
 from gptcli.cli.out import Output, harmless
 from gptcli.cli.shade import shade
 
 GUTTER = 13  # cells for the titles at the left
 
-_EIGHTHS = ("", "▏", "▎", "▍", "▌", "▋", "▊", "▉")
 # A quoted token stays in one piece, with what follows it up to the next space.
 _WORD = re.compile(r'[^\s"]*"(?:\\.|[^"\\])*"\S*|\S+')
 
@@ -99,40 +99,3 @@ class Sheet:
             kept.append(span)
             used += cells(span.text)
         return kept
-
-
-def cells(text: str) -> int:
-    """How many columns a text takes on a terminal."""
-    from rich.cells import cell_len
-
-    return len(text) if text.isascii() else cell_len(text)
-
-
-def cut(text: str, room: int, *, end: str = "…") -> str:
-    """Text in at most ``room`` cells; what is cut ends with a mark."""
-    if cells(text) <= room:
-        return text
-    while text and cells(text) > room - cells(end):
-        text = text[:-1]
-    return text + end if room > 0 else ""
-
-
-def cut_token(shown: str, room: int) -> str:
-    """A quoted token in at most ``room`` cells: ``" grou…"``."""
-    return cut(shown, room, end='…"' if shown.endswith('"') and room > 3 else "…")
-
-
-def pad(text: str, room: int) -> str:
-    """Text with spaces behind it, up to ``room`` cells."""
-    return text + " " * (room - cells(text))
-
-
-def pad_left(text: str, room: int) -> str:
-    """Text with spaces before it, up to ``room`` cells."""
-    return " " * (room - cells(text)) + text
-
-
-def bar(share: float, width: int) -> str:
-    """A bar of ``share`` (0 to 1) of ``width`` cells, to an eighth of a cell."""
-    eighths = round(share * width * 8)
-    return "█" * (eighths // 8) + _EIGHTHS[eighths % 8]

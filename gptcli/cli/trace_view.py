@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from gptcli.cli.cells import bar, cells, cut, cut_token, pad
 from gptcli.cli.tokens import visible
-from gptcli.cli.trace_sheet import Sheet, Span, bar, cells, cut, cut_token, pad
+from gptcli.cli.trace_sheet import Sheet, Span
 from gptcli.cli.trace_words import degrees, looked_at, nth, number, percent, strongest, title, token, words
 
 if TYPE_CHECKING:

@@ -50,6 +50,11 @@ class Stage:
     dtype: str
     summary: dict[str, Any]
 
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        told = {"name": self.name, "symbols": self.symbols, "shape": list(self.shape), "dtype": self.dtype}
+        return told | {"summary": self.summary}
+
     @property
     def layer(self) -> int | None:
         """The block that it is in, from 0."""

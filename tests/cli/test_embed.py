@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
+from gptcli.cli.cells import bar, cells, cut, fit, signed_bar
 from gptcli.cli.embed_map import heat_map
 from gptcli.cli.embed_plot import scatter
-from gptcli.cli.embed_text import bar, cells, fitted, padded, signed_bar
 from gptcli.cli.out import Output
 from gptcli.core.build import Model, open_model
 from gptcli.core.embedding import one_text_vector
@@ -348,9 +348,9 @@ def test_bars_are_as_long_as_they_say() -> None:
 
 
 def test_labels_fit_in_cells_not_in_characters() -> None:
-    assert fitted("宫殿里的", 5) == "宫殿…"
-    assert padded("宫殿", 6) == "宫殿  "
-    assert cells(padded("abcdefgh", 5)) == 5
+    assert cut("宫殿里的", 5) == "宫殿…"
+    assert fit("宫殿", 6) == "宫殿  "
+    assert cells(fit("abcdefgh", 5)) == 5
 
 
 def test_a_heat_map_shows_numbers_where_there_is_room_and_says_what_it_leaves_out() -> None:

@@ -20,8 +20,8 @@ import pytest
 import torch
 
 import gptcli.cli
+from gptcli.cli.cells import cells
 from gptcli.cli.tokens import quoted
-from gptcli.cli.trace_sheet import cells
 from gptcli.core.build import Model, open_model, random_model
 from gptcli.core.predict import distribution, next_logits
 from gptcli.core.trace import Trace

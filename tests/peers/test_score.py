@@ -1,7 +1,7 @@
 """Perplexity by gptcli and by transformers, live: Hugging Face's recipe of a sliding window, on the same text.
 
 The recipe counts the target into the context, so each of its predictions has a token less to go by; measured, that and
-the arithmetic move the perplexity by less than 1e-4.
+the arithmetic move the perplexity of the whole text by 1.4e-4 (255.285 here, 255.250 there).
 """
 
 from __future__ import annotations
