@@ -9,7 +9,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,7 +33,7 @@ MAY_KNOW = {
     "__main__": {"cli"},
 }
 TENSOR_LIBRARIES = {"torch", "numpy", "safetensors"}
-HEAVY = {"torch", "numpy", "safetensors", "huggingface_hub", "transformers", "matplotlib"}
+HEAVY = {"torch", "numpy", "safetensors", "huggingface_hub", "transformers", "matplotlib", "pydantic"}
 
 
 class Import(NamedTuple):
@@ -259,10 +259,13 @@ def test_summaries_are_the_first_lines_of_docstrings(path: tuple[str, ...]) -> N
     assert dict(leaves(COMMANDS))[path].summary == doc.splitlines()[0]
 
 
-# Runs command lines in one process and tells which modules each added to those that Typer itself needs.
+# Runs command lines in one process and tells which modules each added to those that Typer itself needs, and to those
+# that were named.
 PROBE = """
-import json, sys
+import importlib, json, sys
 import typer, typer.core, typer.main
+for name in sys.argv[2:]:
+    importlib.import_module(name)
 seen = set(sys.modules)
 from gptcli.cli import main
 loaded = []
@@ -276,10 +279,10 @@ print(json.dumps(loaded))
 """
 
 
-def modules_of(*commands: list[str]) -> dict[str, set[str]]:
-    """The modules that each command line adds, run one after the other in a fresh process."""
+def modules_of(*commands: list[str], beyond: Sequence[str] = ()) -> dict[str, set[str]]:
+    """The modules that each command line adds, run one after the other in a fresh process, to those ``beyond``."""
     done = subprocess.run(
-        [sys.executable, "-c", PROBE, json.dumps(commands)],
+        [sys.executable, "-c", PROBE, json.dumps(commands), *beyond],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -326,3 +329,14 @@ def test_paper_and_text_commands_load_no_torch(tiny_folder: Path) -> None:
         assert not {layer(name) for name in names if name.startswith("gptcli.")} & {"core", "train", "serve"}, command
     assert "tiktoken" not in loaded["count-params gpt3"]
     assert any(top(name) == "tiktoken" for names in loaded.values() for name in names)
+
+
+def test_a_cold_answer_loads_torch_and_little_else(tiny_folder: Path) -> None:
+    """What starts with ``import torch``, whose second or two nobody can take away, adds next to nothing to it."""
+    (names,) = modules_of(["generate", "x", "-n", "1", "-m", str(tiny_folder)], beyond=["torch"]).values()
+    needed = {"gptcli", "tiktoken", "tiktoken_ext", "typer", "safetensors"}
+    others = {name for name in names if top(name) not in needed | sys.stdlib_module_names}
+    assert not {name for name in others if top(name) != "torch"}
+    assert len(others) <= 3, others
+    asked = {layer(name) for name in names if name.startswith("gptcli.")}
+    assert asked == {"cli", "core", "errors", "spec", "text"}

@@ -106,14 +106,11 @@ def measure_machine(device: torch.device, dtype: torch.dtype) -> Machine:
 @torch.inference_mode()
 def measured_bandwidth(device: torch.device) -> float:
     """Bytes a second that are read of matrices too large for any cache: the best of a few tries and ways."""
-    rows = 1 << (14 if device.type == "cpu" else 16)  # of 16 KiB
-    matrix = torch.ones((rows, 4096), device=device)
-    vector = torch.ones(4096, device=device)
-    ways: list[tuple[Callable[[], object], int]] = [(lambda: matrix @ vector, 1), (lambda: matrix.sum(), 1)]
+    one, other = (torch.ones(1 << (25 if device.type == "cpu" else 28), device=device) for _ in range(2))
+    ways: list[tuple[Callable[[], object], int]] = [(lambda: one.dot(other), 2), (lambda: one.sum(), 1)]
     if device.type != "cpu":
-        other = torch.empty_like(matrix)
-        ways.append((lambda: other.copy_(matrix), 2))  # read and written
-    return max(times * matrix.nbytes / _timed(way, device) for way, times in ways for _ in range(5))
+        ways.append((lambda: other.copy_(one), 2))  # read and written
+    return max(times * one.nbytes / _timed(way, device) for way, times in ways for _ in range(6))
 
 
 def measure_load(folder: Path, model: Model, rounds: int) -> Figure:

@@ -10,7 +10,18 @@ import sys
 
 from common import in_turn, report, seconds_of, summary
 
-COMMANDS = ("generate", "tokenize", "count-params", "train", "plot", "models", "models list")
+COMMANDS = (
+    "generate",
+    "predict",
+    "score",
+    "embed",
+    "trace",
+    "tokenize",
+    "count-params",
+    "train",
+    "models list",
+    "bench",
+)
 
 
 def main() -> None:

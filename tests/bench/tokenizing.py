@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, in_turn, report, summary
+from common import ROOT, environment, in_turn, report, summary
 from prepare import THEIRS, run, write_stories
 
 PEAK = """
@@ -123,7 +123,7 @@ def seconds(command: list[str], stdin: Path | None = None) -> float:
         hello.seek(0)
         start = time.perf_counter()
         with stdin.open("rb") if stdin else hello as source:
-            process = subprocess.Popen(command, stdin=source, stdout=subprocess.PIPE, cwd=ROOT)
+            process = subprocess.Popen(command, stdin=source, stdout=subprocess.PIPE, cwd=ROOT, env=environment())
             assert process.stdout
             while process.stdout.read1(1 << 20):
                 pass

@@ -288,8 +288,8 @@ def test_names_in_errors_can_not_drive_a_terminal(run: Run) -> None:
     assert len(done.err.splitlines()) == 2
 
 
-def test_a_rank_ends_without_the_interpreter_being_taken_down() -> None:
-    """What ends with the interpreter is never called, since gloo's threads may still need it; all else is."""
+def test_what_has_loaded_torch_ends_without_the_interpreter_being_taken_down() -> None:
+    """What ends with the interpreter is never called: it takes long, and gloo's threads may need it. All else is."""
     script = """
 import atexit, sys
 from gptcli.__main__ import end
@@ -300,16 +300,16 @@ class Last:
 
 last = Last()
 atexit.register(print, "said goodbye")
-if sys.argv[1] == "rank":
-    sys.modules["gptcli.train.group"] = sys
+if sys.argv[1] == "torch":
+    sys.modules["torch"] = sys
 print("done")
 end(4)
 """
     ends = {}
-    for who in ("rank", "alone"):
+    for who in ("torch", "alone"):
         done = subprocess.run(
             [sys.executable, "-c", script, who], capture_output=True, text=True, cwd=ROOT, check=False
         )
         assert (done.returncode, done.stderr) == (4, "")
         ends[who] = done.stdout.splitlines()
-    assert ends == {"rank": ["done", "said goodbye"], "alone": ["done", "said goodbye", "taken down"]}
+    assert ends == {"torch": ["done", "said goodbye"], "alone": ["done", "said goodbye", "taken down"]}

@@ -240,4 +240,4 @@ def test_only_the_named_command_is_loaded(tmp_path: Path) -> None:
             check=True,
         )
         loaded = {name.removeprefix("gptcli.cli.") for name in json.loads(done.stderr.decode().replace("'", '"'))}
-        assert loaded == {"out", "options"} | extra
+        assert loaded == {"out", "options", "values"} | extra
