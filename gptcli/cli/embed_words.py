@@ -100,7 +100,7 @@ class Words:
         }
 
     def _used(self) -> dict[str, Any]:
-        return {"device": str(self.model.device), "dtype": self.model.dtype_name}
+        return self.model.used
 
     def _text(self, id_: int) -> str:
         return self.model.tokenizer.decode([id_])
