@@ -63,10 +63,10 @@ def only_config(name: str, out: Output) -> Counted:
 
 
 def config_beside(file: str) -> Counted:
-    """The configuration that stands beside a weight file, or in its folder."""
+    """The configuration that stands beside a weight file, in its folder, or in that of a model's name."""
     path = local_path(file)
-    folder = path.parent if path is not None and path.is_file() else path
-    if folder is None or not (folder / "config.json").is_file():
+    folder = path.parent if path is not None and path.is_file() else _folder_of(file)
+    if not (folder / "config.json").is_file():
         raise UsageError(f"there is no config.json beside {file}", "name the model that the file should hold")
     return Counted(str(folder / "config.json"), read_config(folder))
 
@@ -81,8 +81,13 @@ def read_weights(name: str) -> tuple[Path, dict[str, TensorInfo]]:
         if infos is None:
             raise UsageError(f"{path} is no .safetensors file or index", "name the weights that are to be checked")
         return path, infos
-    folder = path if path is not None and path.is_dir() else resolve(name).folder
+    folder = _folder_of(name)
     return folder, read_folder(folder)
+
+
+def _folder_of(name: str) -> Path:
+    path = local_path(name)
+    return path if path is not None and path.is_dir() else resolve(name).folder
 
 
 def _resolved(name: str) -> Found:

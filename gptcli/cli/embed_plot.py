@@ -130,7 +130,7 @@ def _into_file(
     source: str,
 ) -> None:
     from gptcli.cli.figure import figure
-    from gptcli.core.embedding_file import write_whole
+    from gptcli.core.files import write_whole
 
     def draw(axes: Any) -> None:
         axes.scatter([x for x, _ in points], [y for _, y in points], s=18, color="C0")

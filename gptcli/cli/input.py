@@ -57,12 +57,16 @@ class Source:
 
     def lines(self, errors: str = "strict") -> Iterator[str]:
         """The text's lines, without their newlines."""
-        rest = ""
+        begun: list[str] = []  # a line in its pieces, joined once
         for chunk in self.chunks(errors):
-            *whole, rest = (rest + chunk).split("\n")
-            yield from whole
-        if rest:
-            yield rest
+            *whole, rest = chunk.split("\n")
+            for line in whole:
+                yield "".join([*begun, line])
+                begun = []
+            if rest:
+                begun.append(rest)
+        if begun:
+            yield "".join(begun)
 
     def _blocks(self) -> Iterator[bytes]:
         if self.data is not None:

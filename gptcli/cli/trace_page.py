@@ -7,13 +7,10 @@ it is put in, and the page's policy lets no script run but the one that is shipp
 from __future__ import annotations
 
 import base64
-import contextlib
 import hashlib
 import json
 import math
-import os
 import re
-import tempfile
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -105,23 +102,6 @@ def in_script(value: Any) -> str:
 
 
 def _write(text: str, file: Path) -> None:
-    """Beside it, then renamed: a page is whole, or is not there."""
-    from gptcli.core.checkpoint import output_errors
+    from gptcli.core.files import write_whole
 
-    temporary = None
-    with output_errors(file):
-        try:
-            handle, temporary = tempfile.mkstemp(prefix=".writing-", suffix=file.suffix, dir=file.parent)
-            with open(handle, "w", encoding="utf-8", errors="backslashreplace", newline="\n") as stream:
-                stream.write(text)
-                stream.flush()
-                os.fsync(stream.fileno())
-            mask = os.umask(0o077)
-            os.umask(mask)
-            os.chmod(temporary, 0o666 & ~mask)  # a temporary file is its owner's alone
-            os.replace(temporary, file)
-            temporary = None
-        finally:
-            if temporary is not None:
-                with contextlib.suppress(OSError):
-                    os.unlink(temporary)
+    write_whole(file, text.encode("utf-8", errors="backslashreplace"))

@@ -7,7 +7,6 @@ weights once. Save writes beside, syncs, and renames file by file.
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import shutil
@@ -21,8 +20,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from gptcli.core.files import output_errors, sync, umask
 from gptcli.core.model import Transformer
-from gptcli.errors import CorruptError, OutputError
+from gptcli.errors import CorruptError
 from gptcli.spec.config import to_hf
 from gptcli.spec.index import FILE_NAME, INDEX_NAME
 from gptcli.spec.match import Matched, disk_layout, written_name
@@ -129,7 +129,7 @@ def written_folder(folder: Path) -> Iterator[Path]:
             yield temporary
             written = sorted(temporary.iterdir())
             for file in written:
-                file.chmod(0o666 & ~_umask())  # some are made readable to their owner alone
+                file.chmod(0o666 & ~umask())  # some are made readable to their owner alone
                 sync(file)
             stale = _stale(folder, {file.name for file in written})
             # The weights go first, the index behind its shards, the configuration last.
@@ -143,15 +143,6 @@ def written_folder(folder: Path) -> Iterator[Path]:
                 shutil.rmtree(temporary, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def output_errors(path: Path) -> Iterator[None]:
-    """Within, what can't be written is an OutputError that says why and what to do."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise OutputError(f"{path} could not be written: {_reason(error)}", _what_to_do(error)) from None
-
-
 def _stale(folder: Path, written: set[str]) -> list[Path]:
     """Files of an earlier save that would count before the new: other shards, another kind of tokenizer."""
     if not written & {FILE_NAME, INDEX_NAME}:
@@ -161,29 +152,3 @@ def _stale(folder: Path, written: set[str]) -> list[Path]:
     if written & set(_TOKENIZER_FILES):
         old += [folder / name for name in _TOKENIZER_FILES]
     return [file for file in old if file.exists() and file.name not in written]
-
-
-def _umask() -> int:
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
-
-
-def sync(path: Path) -> None:
-    """Wait until a file or folder is on the disk itself."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _reason(error: Exception) -> str:
-    return error.strerror or str(error) if isinstance(error, OSError) else str(error)
-
-
-def _what_to_do(error: Exception) -> str:
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    if full or "space" in str(error).lower() or "large" in str(error).lower():
-        return "make room on the disk; what was there before is unchanged"
-    return "check that the folder can be written; what was there before is unchanged"

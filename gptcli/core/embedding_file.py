@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,6 +11,7 @@ import torch
 from safetensors.torch import save
 
 from gptcli.core.embedding import Vector
+from gptcli.core.files import write_whole
 
 SUFFIXES = (".npy", ".safetensors")
 
@@ -23,7 +21,7 @@ def save_vectors(file: Path, vectors: Sequence[Vector], metadata: Mapping[str, s
 
     ``.npy`` is one float32 array ``[N, C]``; with one vector a token all tokens' rows, text after text.
     ``.safetensors`` has that as ``vectors``, beside it ``lengths`` ``[N]`` (tokens a text) and ``tokens`` (all ids, one
-    after the other), both int64, and the metadata. Raises OSError.
+    after the other), both int64, and the metadata. Raises OutputError.
     """
     rows = torch.cat([vector.values.reshape(-1, vector.values.shape[-1]) for vector in vectors])
     if file.suffix.lower() == ".npy":
@@ -37,25 +35,3 @@ def save_vectors(file: Path, vectors: Sequence[Vector], metadata: Mapping[str, s
         "tokens": torch.tensor([id_ for vector in vectors for id_ in vector.ids]),
     }
     write_whole(file, save(tensors, dict(metadata)))
-
-
-def write_whole(file: Path, data: bytes | memoryview) -> None:
-    """Write beside, sync, rename: whoever looks finds what was there before, or all of the new. Raises OSError."""
-    if file.exists() and not file.is_file():  # a device or a pipe can't be replaced
-        file.write_bytes(data)
-        return
-    target = file.resolve()  # a link stays one
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        mask = os.umask(0o077)
-        os.umask(mask)
-        os.chmod(name, 0o666 & ~mask)
-        os.replace(name, target)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(name)
-        raise

@@ -172,7 +172,9 @@ def trace(
     found = distribution(logits, temperature, top)
     id_ = int(sample(logits[None], Sampling(temperature), [seed], [len(ids)]))
     chances = probabilities(logits, temperature)  # [V]
-    drawn = Drawn(id_, chances[id_].item(), int((logits > logits[id_]).sum()), seed)
+    # Of several with the same logit the first is ahead, as in ``distribution``.
+    ahead = int((logits > logits[id_]).sum()) + int((logits[:id_] == logits[id_]).sum())
+    drawn = Drawn(id_, chances[id_].item(), ahead, seed)
     recorder.end(found, drawn, float(chances.sum()))
     return Trace(model, list(ids), recorder.stages, found, drawn, logits, recorder.streams, recorder.patterns)
 

@@ -14,7 +14,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from gptcli.core.checkpoint import output_errors
+from gptcli.core.files import output_errors
 
 Event = dict[str, Any]
 

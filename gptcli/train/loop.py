@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gptcli.core import runtime
-from gptcli.core.checkpoint import output_errors
+from gptcli.core.files import output_errors
 from gptcli.core.model import Transformer
 from gptcli.errors import DivergedError, UsageError
 from gptcli.spec.flops import flops_per_token

@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from gptcli.core.checkpoint import output_errors, sync
+from gptcli.core.files import output_errors, sync
 from gptcli.errors import CorruptError
 from gptcli.train.ranks import Part, Ranks
 

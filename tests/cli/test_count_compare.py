@@ -202,3 +202,9 @@ def test_a_model_is_checked_though_its_own_weights_are_gone(count: Run, small: P
     shutil.copytree(small, folder)
     (folder / "model.safetensors").write_bytes(b"x")
     assert count(folder, "--check", small).code == 0
+
+
+def test_a_model_is_checked_by_name_against_its_own_configuration(count: Run) -> None:
+    value = count("--check", "fable", "--json").json
+    assert value["ok"]
+    assert value["tensors"] == value["expected_tensors"]

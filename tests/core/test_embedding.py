@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import math
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -26,8 +27,9 @@ from gptcli.core.embedding import (
     resolve_layer,
     text_vectors,
 )
-from gptcli.core.embedding_file import save_vectors, write_whole
-from gptcli.errors import CorruptError, LimitError, UsageError
+from gptcli.core.embedding_file import save_vectors
+from gptcli.core.files import write_whole
+from gptcli.errors import CorruptError, LimitError, OutputError, UsageError
 from gptcli.spec.config import read_config
 from gptcli.text.tokenizer import Tokenizer
 from tests.conftest import ROOT
@@ -280,11 +282,27 @@ def test_a_file_is_replaced_whole_or_left_as_it_was(tmp_path: Path, monkeypatch:
 
     with monkeypatch.context() as patch:
         patch.setattr("os.fsync", full)
-        with pytest.raises(OSError, match="space"):
+        with pytest.raises(OutputError, match="space"):
             write_whole(file, b"new")
     assert [(each.name, each.read_bytes()) for each in tmp_path.iterdir()] == [("out.npy", b"old")]
     write_whole(file, b"new")
     assert file.read_bytes() == b"new"
+
+
+def test_a_link_stays_one_and_a_pipe_is_written_into(tmp_path: Path) -> None:
+    link, target, pipe = tmp_path / "link", tmp_path / "target", tmp_path / "pipe"
+    link.symlink_to(target)
+    write_whole(link, b"new")
+    assert link.is_symlink()
+    assert target.read_bytes() == b"new"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        write_whole(pipe, b"new")
+        assert pipe.is_fifo()
+        assert os.read(reader, 10) == b"new"
+    finally:
+        os.close(reader)
 
 
 # --- What fable has learnt

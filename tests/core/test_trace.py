@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -228,6 +230,16 @@ def test_the_rank_of_the_draw_counts_what_was_likelier(tiny: Model) -> None:
     assert told.next.top[told.drawn.rank].probability == told.drawn.probability
     assert told.drawn.rank > 0
     assert trace(tiny, IDS, temperature=0).drawn.rank == 0
+
+
+def test_among_equal_logits_the_rank_is_the_place_in_the_list(tiny: Model) -> None:
+    flat = dataclasses.replace(tiny, transformer=copy.deepcopy(tiny.transformer))
+    for parameter in flat.transformer.norm.parameters():
+        parameter.data.zero_()
+    told = trace(flat, IDS, seed=3, top=tiny.config.vocab_size)
+    assert len({one.logit for one in told.next.top}) == 1
+    assert told.drawn.rank > 0
+    assert told.next.top[told.drawn.rank].id == told.drawn.id
 
 
 def test_one_token_is_enough(tiny: Model) -> None:

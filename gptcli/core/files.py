@@ -1,0 +1,74 @@
+"""Files on their way to the disk: written whole or not at all, and what can't be written told as one error."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from gptcli.errors import OutputError
+
+
+def write_whole(file: Path, data: bytes | memoryview) -> None:
+    """Write beside, sync, rename: whoever looks finds what was there before, or all of the new.
+
+    A link stays one, and a device or a pipe is written into. Raises OutputError.
+    """
+    with output_errors(file):
+        if file.exists() and not file.is_file():  # what can't be replaced, or must not be: /dev/stdout, /dev/null
+            file.write_bytes(data)
+            return
+        target = file.resolve()
+        handle, name = tempfile.mkstemp(prefix=".writing-", suffix=target.suffix, dir=target.parent)
+        try:
+            with os.fdopen(handle, "wb") as stream:
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.chmod(name, 0o666 & ~umask())  # a temporary file is its owner's alone
+            os.replace(name, target)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(name)
+            raise
+
+
+@contextlib.contextmanager
+def output_errors(path: Path) -> Iterator[None]:
+    """Within, what can't be written is an OutputError that says why and what to do."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"{path} could not be written: {_reason(error)}", _what_to_do(error)) from None
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or folder is on the disk itself."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def umask() -> int:
+    """The permissions that new files of this process do without."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+def _reason(error: Exception) -> str:
+    return error.strerror or str(error) if isinstance(error, OSError) else str(error)
+
+
+def _what_to_do(error: Exception) -> str:
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if full or "space" in str(error).lower() or "large" in str(error).lower():
+        return "make room on the disk; what was there before is unchanged"
+    return "check that the folder can be written; what was there before is unchanged"
