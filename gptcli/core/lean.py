@@ -26,7 +26,7 @@ from gptcli.core.rope import Rotation, rotate, rotation
 from gptcli.spec.config import ModelConfig
 
 # Steps, or tokens of prompts, from which the time that is saved makes up for packing: measured on GPT-2 124M.
-_WORTH_STEPS, _WORTH_TOKENS = 16, 512
+_WORTH_STEPS, _WORTH_TOKENS = 32, 512
 # Tokens from which blocks beat torch's attention in bfloat16, and up to which their patterns are small beside the rest.
 _BLOCKS = range(128, 2049)
 
