@@ -95,7 +95,7 @@ def test_many_lines_in_a_batch_are_as_one_by_one(embed: Run) -> None:
 
 def test_json_of_vectors(embed: Run, tiny: Model) -> None:
     value = embed("the king", "cat", "--json", "--pool", "mean", "--layer", "-2").json
-    assert list(value) == ["model", "pool", "layer", "dimensions", "device", "dtype", "items"]
+    assert list(value) == ["model", "pool", "layer", "dimensions", "device", "dtype", "quantize", "items"]
     assert (value["model"], value["pool"], value["layer"], value["dimensions"]) == ("tiny", "mean", 1, 32)
     assert (value["device"], value["dtype"]) == ("cpu", "float32")
     for item in value["items"]:

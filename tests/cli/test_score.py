@@ -25,7 +25,7 @@ from tests.conftest import ROOT
 
 FIELDS = {
     *("model", "tokens", "total_bits", "bits_per_byte", "perplexity", "tokens_scored", "bytes"),
-    *("documents", "stride", "device", "dtype"),
+    *("documents", "stride", "device", "dtype", "quantize"),
 }
 STORY = "Once upon a time there was a king who had a daughter. " * 5
 SEPARATOR = "<|endoftext|>"
