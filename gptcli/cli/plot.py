@@ -242,6 +242,7 @@ def _into_file(
     The same data gives the same bytes, by the same matplotlib.
     """
     from gptcli.cli.figure import figure, need_matplotlib
+    from gptcli.core.files import write_whole
 
     need_matplotlib("leave --output out to draw in the terminal")
 
@@ -267,4 +268,4 @@ def _into_file(
         axes.grid(alpha=0.25)
         axes.legend(frameon=False)
 
-    file.write_bytes(figure(file.suffix.lower().removeprefix("."), (8, 4.5), draw))
+    write_whole(file, figure(file.suffix.lower().removeprefix("."), (8, 4.5), draw))

@@ -219,7 +219,8 @@ def _unit(values: Tensor) -> Tensor:
 class Rows:
     """The rows of an embedding table that stand for tokens: ``[V, C]``, left where and as they are.
 
-    A padded vocabulary has more rows than the tokenizer has tokens; those at the end are left out.
+    A padded vocabulary has more rows than the tokenizer has tokens; those at the end are left out. Raises CorruptError
+    for values that are not finite.
     """
 
     def __init__(self, model: Model, table: Table = "embedding") -> None:
@@ -227,6 +228,8 @@ class Rows:
             model.transformer.embedding.weight if table == "embedding" else matrix_of(model.transformer.unembedding)
         )
         self.weight: Tensor = weight[: min(model.config.vocab_size, model.tokenizer.vocab_size)]
+        if not bool(torch.isfinite(self.weight).all()):
+            raise CorruptError(f"the {table} of {model.name} is not finite", "its weights are damaged: get them again")
         self.name = model.name
 
     def row(self, id_: int) -> Tensor:

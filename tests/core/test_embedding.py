@@ -378,3 +378,12 @@ def test_the_ranks_of_analogies_are_those_of_the_nearest_tokens(fable: Model) ->
         near = rows.nearest(rows.combination(weights), len(rows.weight), exclude=weights)
         (rank,) = analogies.ranks(rows.weight, [analogies.Question(a, b, c, d)], normalize=False)
         assert [each.id for each in near].index(d) + 1 == rank
+
+
+def test_a_damaged_table_is_told_of(tiny_folder: Path) -> None:
+    model = open_model(tiny_folder, Tokenizer.from_folder(tiny_folder), device="cpu", dtype="float32")
+    damaged = model.transformer.embedding.weight.clone()
+    damaged[7, 3] = math.nan
+    model.transformer.embedding.weight = torch.nn.Parameter(damaged, requires_grad=False)
+    with pytest.raises(CorruptError, match="embedding of tiny is not finite"):
+        Rows(model)
