@@ -26,7 +26,6 @@ with OpenMP threads several times over: the numbers count on a quiet one.
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
 import os
 import shutil
@@ -124,15 +123,14 @@ class Runner:
 
 class Gptcli(Runner):
     def __init__(self, files: Files, kind: str, threads: int) -> None:
+        from gptcli.cli.caches import native_cache
         from gptcli.core import runtime
         from gptcli.core.build import open_model
         from gptcli.text.tokenizer import Tokenizer
 
         runtime.set_threads(threads)
-        more: dict[str, Any] = {}
+        more: dict[str, Any] = {"native": native_cache()}
         if kind in ("int8", "int4"):
-            if "quantize" not in inspect.signature(open_model).parameters:
-                raise SystemExit("this gptcli does not quantize")
             more["quantize"], kind = kind, "bfloat16" if runtime.has_cpu_bf16() else "float32"
         tokenizer = Tokenizer.from_folder(ROOT / "weights" / "fable")  # of which only the bytes of a token are asked
         self.model = open_model(files.folder, tokenizer, device="cpu", dtype=kind, **more)
