@@ -43,7 +43,7 @@ class Words:
             found = self.rows.nearest(vector, count, exclude=weights)
             if self.out.json:
                 nearest = [{"id": near.id, "text": self._text(near.id), "cosine": near.cosine} for near in found]
-                self.out.record(self._head(shown, weights) | {"nearest": nearest} | self._used())
+                self.out.record(self._head(shown, weights) | {"nearest": nearest} | self.model.used)
             else:
                 self._say_excluded(weights)
                 self._show_nearest(shown, found)
@@ -66,7 +66,7 @@ class Words:
                 {"id": each.id, "text": self._text(each.id), "projection": each.projection, "cosine": each.cosine}
                 for each in found
             ]
-            self.out.record(self._head(expression, excluded) | {"words": listed} | self._used())
+            self.out.record(self._head(expression, excluded) | {"words": listed} | self.model.used)
             return
         if excluded:
             self._say_excluded(excluded)
@@ -98,9 +98,6 @@ class Words:
             "expression": expression,
             "excluded": list(excluded),
         }
-
-    def _used(self) -> dict[str, Any]:
-        return self.model.used
 
     def _text(self, id_: int) -> str:
         return self.model.tokenizer.decode([id_])

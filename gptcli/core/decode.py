@@ -40,8 +40,7 @@ class Decoder:
         rows = prompts[:1] if same else prompts
         lengths = [len(row) for row in rows]
         longest = max(lengths)
-        # Padding on the right is never seen: it stands behind every real query.
-        ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=self._weight.device)
+        ids = torch.tensor(padded(rows), device=self._weight.device)
         capacity, device = max(capacity, longest), self._weight.device
         forward, dtype = self.stepping.prefill(prompt=longest, tokens=capacity - longest, rows=len(prompts))
         self.cache = KVCache(self.transformer.config, len(rows), capacity, device=device, dtype=dtype)
@@ -71,3 +70,9 @@ class Decoder:
         if self.cache is not None:
             self.cache.select(rows)
         self._step = None
+
+
+def padded(rows: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Rows of ids, each filled up with zeros to the longest: on the right no real query ever sees them."""
+    longest = max(map(len, rows))
+    return [[*row, *[0] * (longest - len(row))] for row in rows]

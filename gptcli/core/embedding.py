@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from gptcli.core.build import Model
+from gptcli.core.decode import padded
+from gptcli.core.generate import check_finite
 from gptcli.core.model import matrix_of
 from gptcli.errors import CorruptError, LimitError, UsageError
 
@@ -123,10 +125,7 @@ def text_vectors(
                 done[place] = _pooled(stream, pool, skip)
         for place, ids in enumerate(window):
             values = done.pop(place)
-            if not bool(torch.isfinite(values).all()):
-                raise CorruptError(
-                    f"the vectors of {model.name} are not finite", "its weights are damaged: get them again"
-                )
+            check_finite(model, values, "vectors")
             yield Vector(tuple(ids), _unit(values) if normalize else values)
 
 
@@ -175,8 +174,7 @@ class _ReachedError(Exception):
 @torch.inference_mode()
 def _streams(model: Model, rows: Sequence[Sequence[int]], layer: int) -> list[Tensor]:
     """The vectors ``[T, C]`` of each row at a layer. Padding stands behind every real token, so none sees it."""
-    longest = max(map(len, rows))
-    batch = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=model.device)
+    batch = torch.tensor(padded(rows), device=model.device)
     transformer = model.transformer
     if layer == model.config.layers:
         stream = transformer.norm(transformer.residual_stream(batch))

@@ -123,10 +123,10 @@ def check_prompt(model: Model, ids: Sequence[int]) -> None:
         )
 
 
-def check_finite(model: Model, logits: Tensor) -> None:
-    """Raise CorruptError for logits that are no numbers: nothing sensible can be made of them."""
-    if not bool(torch.isfinite(logits).all()):
-        raise CorruptError(f"the logits of {model.name} are not finite", "its weights are damaged: get them again")
+def check_finite(model: Model, values: Tensor, what: str = "logits") -> None:
+    """Raise CorruptError for what a model made where it is no numbers: nothing sensible can come of it."""
+    if not bool(torch.isfinite(values).all()):
+        raise CorruptError(f"the {what} of {model.name} are not finite", "its weights are damaged: get them again")
 
 
 def generate(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gptcli.core.build import Model
-from gptcli.core.decode import Decoder
+from gptcli.core.decode import Decoder, padded
 from gptcli.core.generate import check_finite, check_prompt
 from gptcli.errors import LimitError
 
@@ -78,8 +78,7 @@ def next_logits_batch(model: Model, prompts: Sequence[Sequence[int]]) -> Tensor:
     found: list[Tensor] = [torch.empty(0)] * len(prompts)
     for rows in _batches(model, [len(ids) for ids in prompts], copies=1, logits=1):
         lengths = [len(prompts[row]) for row in rows]
-        # Padding on the right is never seen: it stands behind every real query.
-        batch = torch.tensor(_padded([prompts[row] for row in rows]), device=model.device)
+        batch = torch.tensor(padded([prompts[row] for row in rows]), device=model.device)
         logits = model.transformer(batch, last=torch.tensor(lengths, device=model.device) - 1)  # [B, V]
         check_finite(model, logits)
         for row, each in zip(rows, logits, strict=True):
@@ -178,7 +177,7 @@ def _score_together(
         assert decoder.cache is not None
         cache = copy.copy(decoder.cache)  # the tensors are replaced next, not written
         cache.select([row for row in range(len(prompts)) for _ in numbers])
-        ids = torch.tensor(_padded([choices[number][:-1] for number in numbers]), device=model.device)
+        ids = torch.tensor(padded([choices[number][:-1] for number in numbers]), device=model.device)
         logits = model.transformer(ids.repeat(len(prompts), 1), cache)  # [B * choices, T, V]
         pairs = [(row, number) for row in range(len(prompts)) for number in numbers]
         for (row, number), each in zip(pairs, logits, strict=True):
@@ -194,11 +193,6 @@ def _score_together(
 def _logprobs(logits: Tensor) -> Tensor:
     """Log-softmax over the last axis, as exact as ``probabilities``."""
     return logits.float().cpu().double().log_softmax(-1)
-
-
-def _padded(rows: Sequence[Sequence[int]]) -> list[list[int]]:
-    longest = max(map(len, rows))
-    return [[*row, *[0] * (longest - len(row))] for row in rows]
 
 
 def _batches(model: Model, lengths: Sequence[int], *, copies: int, logits: int) -> Iterator[list[int]]:

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from gptcli.core.build import Model
-from gptcli.errors import CorruptError, UsageError
+from gptcli.core.generate import check_finite
+from gptcli.errors import UsageError
 from gptcli.spec.plan import LOGIT_CHUNK
 
 # A target that is not to be scored; cross entropy's usual mark for it.
@@ -163,9 +164,7 @@ def score(
             if numbers:
                 _check_ids(model, ids)
                 nats = target_nats_of(model, ids.to(model.device), targets.to(model.device)).cpu()
-                if not bool(torch.isfinite(nats).all()):
-                    hint = "its weights are damaged: get them again"
-                    raise CorruptError(f"the logits of {model.name} are not finite", hint)
+                check_finite(model, nats)
                 counts = (targets != IGNORED).sum(1).tolist()
                 known.update(zip(numbers, nats.split(counts), strict=True))
             while given < len(group) and (given in known or not group[given].has_targets):

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from gptcli.core.files import sync
 from gptcli.errors import CorruptError
 from gptcli.text.bulk import cores
 from gptcli.train.documents import is_held_out
@@ -241,7 +242,7 @@ class _Writer:
             text.flush()
             os.fsync(text.fileno())
         os.replace(self._beside("json"), self._folder / f"{self._number:05d}.json")
-        _sync(self._folder)
+        sync(self._folder)
 
     def drop(self) -> None:
         for part, file in self._files.items():
@@ -251,14 +252,6 @@ class _Writer:
 
     def _beside(self, part: str) -> Path:
         return self._folder / f"writing.{part}"
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @contextlib.contextmanager
