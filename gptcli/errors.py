@@ -83,6 +83,10 @@ class ResourceError(GptcliError):
     exit_code = ExitCode.RESOURCE
 
 
+class BusyError(ResourceError):
+    """A server that has as much to do as it takes on; later there may be room."""
+
+
 class CheckError(GptcliError):
     """A check said no."""
 

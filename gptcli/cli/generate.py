@@ -18,7 +18,7 @@ from gptcli.text.documents import SEPARATOR
 
 if TYPE_CHECKING:
     from gptcli.core.build import Model
-    from gptcli.core.generate import Choice, Step, Timing
+    from gptcli.core.requests import Choice, Step, Timing
     from gptcli.core.settings import Sampling
 
 # Rows that are decoded together; more wait for their turn.
@@ -116,7 +116,7 @@ def generate(
 
     loaded = open_for_inference(model, out, device=device, dtype=dtype, quantize=quantize, threads=threads)
     from gptcli.core import runtime
-    from gptcli.core.generate import Timing
+    from gptcli.core.requests import Timing
 
     if unknown := [id_ for id_ in sampling.logit_bias if id_ >= loaded.config.vocab_size]:
         raise UsageError(
@@ -194,7 +194,8 @@ class _Job:
 
     def steps(self, runs: Sequence[_Run], timing: Timing) -> Iterator[Step]:
         """Decode some runs together, keeping their answers up to date."""
-        from gptcli.core.generate import Request, generate
+        from gptcli.core.generate import generate
+        from gptcli.core.requests import Request
 
         requests = [Request(run.prompt.ids, run.seed, self.max_tokens, self.stop, self.ignore_eos) for run in runs]
         for step in generate(
@@ -215,7 +216,7 @@ class _Job:
 
     def groups(self, runs: Sequence[_Run], out: Output) -> Iterator[tuple[int, Sequence[_Run], Timing]]:
         """Decode all runs, some at a time; yields each group when it is done, or, after Ctrl-C, as far as it came."""
-        from gptcli.core.generate import Timing
+        from gptcli.core.requests import Timing
 
         for first in range(0, len(runs), _ROWS_AT_ONCE):
             group = runs[first : first + _ROWS_AT_ONCE]
@@ -267,7 +268,7 @@ def _write_text(out: Output, job: _Job, runs: list[_Run], *, echo: bool, stream:
     """The texts themselves. One alone streams. Several come whole: on a terminal each under its number, else parted
     by the line that parts documents everywhere in gptcli.
     """
-    from gptcli.core.generate import Timing
+    from gptcli.core.requests import Timing
 
     if len(runs) == 1:
         if echo:

@@ -281,7 +281,8 @@ def _sampler(asked: Asked, words: Tokenizer, start_id: int, name: str) -> Sample
     if asked.sample_every == 0:
         return None
     from gptcli.core.build import Model
-    from gptcli.core.generate import Request, generate
+    from gptcli.core.generate import generate
+    from gptcli.core.requests import Request
     from gptcli.core.settings import Sampling
 
     seed = asked.seed or 0

@@ -33,9 +33,10 @@ class KVCache:
 
     A row's tokens stand at its front. When prompts of different length are filled in together, padded on the right,
     ``set_lengths`` says afterwards how many of each row are real; what lies behind is never seen and is overwritten.
+    Rows may come and go (``join``, ``leave``); their places are then made ahead, behind the B rows that are there.
 
     Attributes:
-        keys, values: one ``[B, K, capacity, D]`` tensor a layer.
+        keys, values: one ``[B or more, K, capacity, D]`` tensor a layer.
         lengths: tokens held by each row. Kept on the host, so that no device is ever asked.
     """
 
@@ -77,7 +78,8 @@ class KVCache:
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Write one layer's ``[B, K, T, D]`` keys and values; all of that layer's come back, ``[B, K, S, D]``."""
-        keys, values = self.keys[layer], self.values[layer]
+        batch = len(self.lengths)
+        keys, values = self.keys[layer][:batch], self.values[layer][:batch]
         end = max(self.lengths) + key.shape[2]
         if self._positions is None:
             start, count = end - key.shape[2], key.shape[2]
@@ -112,3 +114,45 @@ class KVCache:
         self.keys = [keys.index_select(0, index) for keys in self.keys]
         self.values = [values.index_select(0, index) for values in self.values]
         self.lengths = [self.lengths[row] for row in rows]
+
+    def join(self, other: KVCache) -> None:
+        """Add another cache's rows behind the ones here, with room for theirs and twice as many rows if need be."""
+        rows, places = len(self.lengths) + len(other.lengths), len(self.keys[0])
+        longest = max(other.lengths)
+        if longest > self.capacity:
+            self.grow(max(longest, 2 * self.capacity))
+        for mine, theirs in ((self.keys, other.keys), (self.values, other.values)):
+            for layer, old in enumerate(mine):
+                if rows > places:
+                    mine[layer] = old.new_zeros(max(rows, 2 * places), *old.shape[1:])
+                    mine[layer][:places] = old
+                mine[layer][len(self.lengths) : rows, :, :longest] = theirs[layer][: len(other.lengths), :, :longest]
+        self.lengths += other.lengths
+
+    def leave(self, row: int) -> None:
+        """Take a row out; the last one moves to its place."""
+        last = len(self.lengths) - 1
+        if row < last:
+            held = self.lengths[last]
+            for tensor in (*self.keys, *self.values):
+                tensor[row, :, :held] = tensor[last, :, :held]
+            self.lengths[row] = held
+        self.lengths.pop()
+
+    def copy(self, row: int, length: int, capacity: int) -> KVCache:
+        """The first ``length`` tokens of one row, in a cache of their own with room for ``capacity``."""
+        other = object.__new__(KVCache)
+        other.lengths, other.capacity, other._positions = [length], capacity, None
+        for name in ("keys", "values"):
+            copies = []
+            for tensor in getattr(self, name):
+                new = tensor.new_zeros(1, tensor.shape[1], capacity, tensor.shape[3])
+                new[0, :, :length] = tensor[row, :, :length]
+                copies.append(new)
+            setattr(other, name, copies)
+        return other
+
+    @property
+    def bytes(self) -> int:
+        """Of all keys and values, with the room for more."""
+        return sum(tensor.nbytes for tensor in (*self.keys, *self.values))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,79 +11,15 @@ from torch import Tensor
 from gptcli.core import runtime
 from gptcli.core.build import Model
 from gptcli.core.decode import Decoder
+from gptcli.core.requests import Choice, Finish, Request, Step, Timing
 from gptcli.core.sampling import History, sample
 from gptcli.core.settings import Sampling
 from gptcli.errors import CorruptError, LimitError, UsageError
 from gptcli.text.stops import Stops
 from gptcli.text.stream import TextStream
 
-Finish = Literal["stop", "length", "context", "eos"]
-
 # Room that the cache starts with beyond the prompt, where the end is open; it grows.
 _ROOM = 256
-
-
-@dataclass(frozen=True)
-class Request:
-    """One text to continue.
-
-    Attributes:
-        prompt: its token ids, at least one (``start_ids`` for an empty text).
-        seed: of the noise.
-        max_tokens: to make; -1 goes on to the end of the text or the context.
-        stop: strings that end the text and are not shown.
-        ignore_eos: go on past the end-of-text token, which is then an ordinary one.
-    """
-
-    prompt: Sequence[int]
-    seed: int
-    max_tokens: int = 128
-    stop: Sequence[str] = ()
-    ignore_eos: bool = False
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A token and the model's own log-probability for it (nats, at temperature 1, before any filter)."""
-
-    id: int
-    logprob: float
-
-
-@dataclass(frozen=True)
-class Step:
-    """One step of one row.
-
-    Attributes:
-        row: which request.
-        token: the id drawn; None when the end-of-text token was, or the step only hands over held-back text.
-        text: what may now be shown: never half a character, never part of a stop.
-        chosen: the token's log-probability, if asked for; ``top`` the likeliest tokens, best first.
-        finish: why the row ended, on its last step.
-        slid: how many of the oldest tokens were just let go to make room (with ``slide``).
-    """
-
-    row: int
-    token: int | None
-    text: str
-    chosen: Choice | None = None
-    top: tuple[Choice, ...] = ()
-    finish: Finish | None = None
-    slid: int = 0
-
-
-@dataclass
-class Timing:
-    """Seconds spent, filled in as it goes."""
-
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
-    decoded_tokens: int = 0
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Of decoding, the prompt not counted."""
-        return self.decoded_tokens / self.decode_seconds if self.decode_seconds else 0.0
 
 
 def start_ids(model: Model) -> list[int]:
@@ -154,7 +88,7 @@ def generate(
     for request in requests:
         check_prompt(model, request.prompt)
     timing = timing or Timing()
-    rows = [_Row(i, request, model) for i, request in enumerate(requests)]
+    rows = [Row(i, request, model) for i, request in enumerate(requests)]
     yield from (Step(row.index, None, "", finish="length") for row in rows if row.request.max_tokens == 0)
     rows = [row for row in rows if row.request.max_tokens != 0]
     if not rows:
@@ -172,7 +106,7 @@ def generate(
         start = time.perf_counter()
         drawn = sample(logits, sampling, [row.request.seed for row in rows], [row.position for row in rows], history)
         tokens = drawn.tolist()
-        reports = _report(logits, drawn, logprobs)
+        reports = report(logits, drawn, logprobs)
         timing.decode_seconds += time.perf_counter() - start
         timing.decoded_tokens += len(rows)
         kept = []
@@ -199,7 +133,7 @@ def generate(
         timing.decode_seconds += time.perf_counter() - start
 
 
-class _Row:
+class Row:
     """One request while it runs."""
 
     def __init__(self, index: int, request: Request, model: Model) -> None:
@@ -249,13 +183,13 @@ class _Row:
         return (text, True) if stopped else (text + self._stops.flush(), False)
 
 
-def _capacity(model: Model, rows: Sequence[_Row]) -> int:
+def _capacity(model: Model, rows: Sequence[Row]) -> int:
     """Cache room a row, in tokens: what is needed, or, where the end is open, some to start with."""
     limits = [row.request.max_tokens if row.request.max_tokens > 0 else _ROOM for row in rows]
     return min(max(len(row.window) + limit for row, limit in zip(rows, limits, strict=True)), model.config.context)
 
 
-def _report(logits: Tensor, drawn: Tensor, count: int | None) -> list[tuple[Choice | None, tuple[Choice, ...]]]:
+def report(logits: Tensor, drawn: Tensor, count: int | None) -> list[tuple[Choice | None, tuple[Choice, ...]]]:
     """For each row the chosen token's log-probability and the ``count`` likeliest tokens; nothing for None."""
     if count is None:
         return [(None, ())] * len(drawn)

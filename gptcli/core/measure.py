@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from gptcli.core import runtime
 from gptcli.core.build import Model, open_model
 from gptcli.core.decode import Decoder
-from gptcli.core.generate import Request, Timing, generate
+from gptcli.core.generate import generate
+from gptcli.core.requests import Request, Timing
 from gptcli.core.settings import Sampling
 from gptcli.spec.flops import count_flops
 from gptcli.spec.index import read_folder

@@ -28,7 +28,8 @@ def main() -> None:
 
     from gptcli.core.build import open_model
     from gptcli.core.decode import Decoder
-    from gptcli.core.generate import Request, Timing, generate
+    from gptcli.core.generate import generate
+    from gptcli.core.requests import Request, Timing
     from gptcli.core.settings import Sampling
     from gptcli.text.tokenizer import Tokenizer
 

@@ -136,7 +136,8 @@ class Gptcli(Runner):
         self.model = open_model(files.folder, tokenizer, device="cpu", dtype=kind, **more)
 
     def generate(self, prompt: Sequence[int], tokens: int) -> tuple[list[int], list[float]]:
-        from gptcli.core.generate import Request, generate
+        from gptcli.core.generate import generate
+        from gptcli.core.requests import Request
         from gptcli.core.settings import Sampling
 
         made, times = [], []

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from gptcli.core.build import Model, open_model
-from gptcli.core.generate import Request, Step, Timing, check_prompt, generate, start_ids
+from gptcli.core.generate import check_prompt, generate, start_ids
+from gptcli.core.requests import Request, Step, Timing
 from gptcli.core.sampling import History, sample
 from gptcli.core.settings import Sampling
 from gptcli.errors import LimitError, UsageError

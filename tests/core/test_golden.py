@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 
 from gptcli.core.build import Model, open_model
 from gptcli.core.decode import Decoder
-from gptcli.core.generate import Request, generate
+from gptcli.core.generate import generate
+from gptcli.core.requests import Request
 from gptcli.core.settings import Sampling
 from gptcli.spec.index import INDEX_NAME, read_folder
 from gptcli.text.tokenizer import Tokenizer

@@ -10,8 +10,9 @@ import torch
 from gptcli.core import native, native_build
 from gptcli.core.build import Model, open_model
 from gptcli.core.decode import Decoder
-from gptcli.core.generate import Request, generate
+from gptcli.core.generate import generate
 from gptcli.core.native import NativeStep
+from gptcli.core.requests import Request
 from gptcli.core.settings import Sampling
 from gptcli.core.stepping import Stepping, pick_threads, ways
 from gptcli.spec.config import ModelConfig

@@ -16,8 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gptcli.core.attention import attention_pattern, gather
 from gptcli.core.build import Model, open_model
-from gptcli.core.generate import Request, generate
+from gptcli.core.generate import generate
 from gptcli.core.predict import distribution, next_logits
+from gptcli.core.requests import Request
 from gptcli.core.rope import rotate, rotation
 from gptcli.core.settings import Sampling
 from gptcli.core.trace import Trace, head_outputs, trace

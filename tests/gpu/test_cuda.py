@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from gptcli.core import sampling as sampling_module
 from gptcli.core.build import Model, open_model, random_model
 from gptcli.core.checkpoint import save_folder
-from gptcli.core.generate import Request, generate
+from gptcli.core.generate import generate
+from gptcli.core.requests import Request
 from gptcli.core.sampling import filter_logits, gumbel_noise
 from gptcli.core.settings import Sampling
 from gptcli.spec.config import from_hf

@@ -1,0 +1,93 @@
+"""Rows that are decoded together, and come and go one by one: what a server does, where ``Decoder`` runs one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gptcli.core.cache import KVCache
+from gptcli.core.model import Transformer
+from gptcli.core.prefixes import Prefixes
+from gptcli.core.stepping import Stepping
+
+# A process that lives long takes this many steps and more: whatever makes them fast is worth preparing.
+_MANY = 1 << 20
+# Room for tokens that a cache is made with, and by multiples of which it grows.
+_ROOM = 128
+
+
+class Pool:
+    """One transformer and the rows in it; rows are numbered from 0, in no lasting order (see ``leave``).
+
+    Args:
+        transformer, stepping: as of ``Decoder``.
+        prefixes: where prompts are looked up and remembered; None computes each whole.
+    """
+
+    def __init__(self, transformer: Transformer, stepping: Stepping, prefixes: Prefixes | None = None) -> None:
+        self.transformer = transformer
+        self.stepping = stepping
+        self.prefixes = prefixes
+        self._device = transformer.embedding.weight.device
+        self._cache: KVCache | None = None
+
+    @property
+    def rows(self) -> int:
+        """How many there are."""
+        return len(self._cache.lengths) if self._cache else 0
+
+    @property
+    def bytes(self) -> int:
+        """Of the rows' keys and values, with room for more."""
+        return self._cache.bytes if self._cache else 0
+
+    @torch.inference_mode()
+    def enter(self, ids: Sequence[int]) -> tuple[Tensor, int]:
+        """A new row, behind the others, that begins with ``ids`` (at least one).
+
+        Returns the logits ``[V]`` of the next token, and how many of the ids were known and not computed.
+        """
+        forward, dtype = self.stepping.prefill(prompt=len(ids), tokens=_MANY, rows=self.rows + 1)
+        cache, logits = self.prefixes.find(ids, len(ids)) if self.prefixes else (None, None)
+        known = cache.lengths[0] if cache else 0
+        if cache is None:
+            cache = KVCache(self.transformer.config, 1, len(ids), device=self._device, dtype=dtype)
+        if logits is None:
+            rest = torch.tensor([ids[known:]], device=self._device)
+            logits = forward(rest, cache, last=torch.tensor([len(ids) - known - 1], device=self._device))[0]
+            if self.prefixes:
+                self.prefixes.keep(ids, cache, 0, logits)
+        if self._cache is None:
+            room = min(-(-(len(ids) + 1) // _ROOM) * _ROOM, self.transformer.config.context)
+            self._cache = KVCache(self.transformer.config, 0, max(room, len(ids)), device=self._device, dtype=dtype)
+        self._cache.join(cache)
+        return logits, known
+
+    @torch.inference_mode()
+    def step(self, tokens: Tensor) -> Tensor:
+        """Add one token ``[B]`` to each row; the logits ``[B, V]`` of the next."""
+        if self._cache is None:
+            raise ValueError("there are no rows")
+        longest = max(self._cache.lengths) + 1
+        if longest > self._cache.capacity:
+            doubled = min(2 * self._cache.capacity, self.transformer.config.context)
+            self._cache.grow(max(longest, doubled))
+        return self.stepping.step(tokens=_MANY, rows=self.rows)(tokens, self._cache)
+
+    @torch.inference_mode()
+    def leave(self, row: int, ids: Sequence[int] = ()) -> None:
+        """Take a row out; the last one gets its number. ``ids``, which it holds, are remembered for later prompts."""
+        if self._cache is None:
+            raise ValueError("there are no rows")
+        held = min(len(ids), self._cache.lengths[row])
+        if self.prefixes and held:
+            self.prefixes.keep(ids[:held], self._cache, row)
+        self._cache.leave(row)
+        if not self._cache.lengths:
+            self._cache = None  # one long row is not to be paid for by all that come
+
+    def clear(self) -> None:
+        """Take all rows out."""
+        self._cache = None
