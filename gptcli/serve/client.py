@@ -1,0 +1,188 @@
+"""The other end of ``serve/inner.py``: a model that is warm in another process, as this one sees it.
+
+Only the standard library, so that a command that finds a warm model answers before it could have imported torch.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from gptcli import __version__, errors
+from gptcli.core.requests import Choice, Request, Step, Timing
+from gptcli.core.settings import Sampling
+from gptcli.errors import GptcliError, NotFoundError
+from gptcli.serve.place import Place
+
+
+class GoneError(NotFoundError):
+    """The warm process does not answer, or has ended in the middle of an answer."""
+
+
+class _Connection(http.client.HTTPConnection):
+    """HTTP over a Unix socket."""
+
+    def __init__(self, place: Place, timeout: float | None) -> None:
+        super().__init__("localhost", timeout=timeout)
+        self._place = place
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        try:
+            self.sock.connect(str(self._place.socket))
+        except OSError:
+            self.sock.close()
+            raise
+
+
+class Client:
+    """One connection to a warm process; a request at a time."""
+
+    def __init__(self, place: Place, timeout: float | None = None) -> None:
+        """Nothing is opened yet. ``timeout``: seconds that any answer may keep one waiting; None waits."""
+        self._connection = _Connection(place, timeout)
+
+    def get(self, path: str) -> dict[str, Any]:
+        """The JSON object that a path gives. Raises GoneError, or the error that the process tells."""
+        return self._object(self._ask("GET", path, None))
+
+    def post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        """What a path answers to a JSON object. Raises as ``get`` does."""
+        return self._object(self._ask("POST", path, body))
+
+    def lines(self, path: str, body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """The same, of an answer of one object a line, as they come. Whoever stops early hangs up."""
+        answer = self._ask("POST", path, body)
+        try:
+            while line := _or_gone(answer.readline):
+                value = json.loads(line)
+                if "error" in value:
+                    raise error_from(value)
+                yield value
+        finally:
+            if not answer.isclosed():
+                self.close()
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def _ask(self, method: str, path: str, body: Mapping[str, Any] | None) -> http.client.HTTPResponse:
+        data = None if body is None else json.dumps(body, ensure_ascii=False).encode("utf-8", "surrogatepass")
+        headers = {"Content-Type": "application/json"} if data is not None else {}
+
+        def answer() -> http.client.HTTPResponse:
+            self._connection.request(method, path, data, headers)
+            return self._connection.getresponse()
+
+        found = _or_gone(answer)
+        if found.status != 200:
+            raise error_from(self._object(found))
+        return found
+
+    @staticmethod
+    def _object(answer: http.client.HTTPResponse) -> dict[str, Any]:
+        try:
+            value = json.loads(_or_gone(answer.read))
+        except ValueError:
+            value = None
+        if not isinstance(value, dict):
+            raise GoneError("what listens at the socket is no gptcli", "end it, or use --no-warm")
+        return value
+
+
+def _or_gone(ask: Any) -> Any:
+    try:
+        return ask()
+    except (OSError, http.client.HTTPException) as error:
+        what = type(error).__name__ if not str(error) else str(error)
+        raise GoneError(f"the warm process does not answer: {what}", "run it again, or with --no-warm") from None
+
+
+def error_from(value: Mapping[str, Any]) -> GptcliError:
+    """The exception that an error object tells of."""
+    told: Any = value.get("error")
+    if not isinstance(told, dict):
+        return GoneError("what listens at the socket is no gptcli", "end it, or use --no-warm")
+    name = "".join(word.capitalize() for word in str(told.get("type", "")).split("_")) + "Error"
+    kind = getattr(errors, name, GptcliError)
+    known = isinstance(kind, type) and issubclass(kind, GptcliError)
+    return (kind if known else GptcliError)(str(told.get("message", "")), str(told.get("hint", "")))
+
+
+class WarmModel:
+    """A model in a warm process, with what commands ask of one.
+
+    Attributes:
+        name, used, context, vocab_size: of the model.
+        load_seconds: nothing, which is the point.
+        told: how its steps are taken.
+    """
+
+    load_seconds = 0.0
+
+    def __init__(self, client: Client, asked: Mapping[str, str]) -> None:
+        """``asked``: device, dtype and quantize as the user has them.
+
+        Raises CheckError where the process has the model otherwise than a command would load it, GoneError where it
+        does not answer.
+        """
+        self._client = client
+        opened = client.post("/gptcli/open", {**asked, "version": __version__})
+        self.name: str = opened["name"]
+        self.used: dict[str, str] = opened["used"]
+        self.context: int = opened["context"]
+        self.vocab_size: int = opened["vocab_size"]
+        self.told: str = opened["step"]
+        self._texts: dict[int, str] = {}
+
+    def prompt_ids(self, text: str, *, special: bool = False) -> list[int]:
+        """As ``core.generate.prompt_ids``."""
+        ids: list[int] = self._client.post("/gptcli/tokens", {"text": text, "special": special})["ids"]
+        return ids
+
+    def token_text(self, id_: int) -> str:
+        """The text of a token that was among the choices told."""
+        return self._texts[id_]
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        *,
+        logprobs: int | None = None,
+        slide: bool = False,
+        timing: Timing | None = None,
+    ) -> Iterator[Step]:
+        """As ``core.generate.generate``. Raises GoneError too."""
+        body = {
+            "requests": [asdict(request) for request in requests],
+            "sampling": {**asdict(sampling), "logit_bias": dict(sampling.logit_bias)},
+            "logprobs": logprobs,
+            "slide": slide,
+        }
+        timing = timing or Timing()
+        for line in self._client.lines("/gptcli/generate", body):
+            if told := line.get("timing"):
+                timing.prefill_seconds += told["prefill_seconds"]
+                timing.decode_seconds += told["decode_seconds"]
+                self.told = told["step"]
+                return
+            timing.decoded_tokens += 1
+            yield self._step(line)
+        raise GoneError("the warm process has ended in the middle of the answer", "run it again, or with --no-warm")
+
+    def _step(self, line: Mapping[str, Any]) -> Step:
+        chosen = self._choice(line["chosen"]) if "chosen" in line else None
+        top = tuple(self._choice(choice) for choice in line.get("top", ()))
+        finish, slid = line.get("finish"), line.get("slid", 0)
+        return Step(line["row"], line["token"], line["text"], chosen, top, finish, slid)
+
+    def _choice(self, told: Sequence[Any]) -> Choice:
+        id_, logprob, text = told
+        self._texts[id_] = text
+        return Choice(id_, logprob)

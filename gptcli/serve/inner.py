@@ -1,0 +1,187 @@
+"""What gptcli's own commands ask a warm process for, over the socket: ``/gptcli/...``, JSON in, JSON or NDJSON out.
+
+The core's values travel as they are: a Request is an object with its fields, a Step a line. ``serve/client.py`` is the
+other end.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from gptcli import __version__
+from gptcli.core import runtime
+from gptcli.core.generate import check_prompt, prompt_ids
+from gptcli.core.requests import Choice, Request, Step
+from gptcli.core.settings import Sampling
+from gptcli.errors import CheckError, GptcliError, UsageError
+from gptcli.serve.app import Service, error_object, only_by_socket, service_of
+from gptcli.serve.engine import Ticket
+from gptcli.serve.place import fingerprint
+from gptcli.spec.config import read_config
+from gptcli.spec.match import match_folder, stored_dtype
+
+
+async def status(request: HttpRequest) -> Response:
+    """Who serves what, since when, and what was done."""
+    service = service_of(request)
+    engine, model = service.bridge.engine, service.model
+    running, waiting = engine.load
+    return JSONResponse(
+        {
+            "model": model.name,
+            "folder": str(service.folder),
+            **model.used,
+            "version": __version__,
+            "pid": os.getpid(),
+            "seconds": time.monotonic() - service.started,
+            "idle_seconds": service.idle_seconds,
+            "running": running,
+            "waiting": waiting,
+            "cache_bytes": engine.cache_bytes,
+            **asdict(engine.counts),
+            "step": model.stepping.told,
+        }
+    )
+
+
+async def stop(request: HttpRequest) -> Response:
+    """End, after those that are being answered."""
+    service_of(request).stop()
+    return JSONResponse({"stopping": True})
+
+
+async def opened(request: HttpRequest) -> Response:
+    """What a command needs to know of the model, if it is just what it would load itself; else 409."""
+    service, asked = service_of(request), await body_of(request)
+    if reason := why_not(service, asked):
+        error = CheckError(reason, "start another with --warm, or go on without it")
+        return JSONResponse(error_object(error), 409)
+    model = service.model
+    return JSONResponse(
+        {
+            "name": model.name,
+            "used": model.used,
+            "context": model.config.context,
+            "vocab_size": model.config.vocab_size,
+            "step": model.stepping.told,
+        }
+    )
+
+
+def why_not(service: Service, asked: Mapping[str, Any]) -> str | None:
+    """Why a service's model is not the one that a command would load with such options; None where it is."""
+    model, folder = service.model, service.folder
+    if asked.get("version") != __version__:
+        return f"the warm process is gptcli {__version__}"
+    if fingerprint(folder) != service.files:
+        return f"the files of {model.name} have changed since the warm process loaded them"
+    if asked.get("quantize", "none") != model.quantize:
+        return f"the warm process has {model.name} with --quantize {model.quantize}"
+    device = runtime.pick_device(str(asked.get("device", "auto")))
+    if device.type != model.device.type or (device.index is not None and device != model.device):
+        return f"the warm process has {model.name} on {model.device}"
+    stored = stored_dtype(match_folder(folder, read_config(folder)))
+    if runtime.pick_dtype(str(asked.get("dtype", "auto")), stored, model.device) is not model.dtype:
+        return f"the warm process has {model.name} in {model.dtype_name}"
+    return None
+
+
+async def tokens(request: HttpRequest) -> Response:
+    """The ids of a text as a prompt."""
+    body = await body_of(request)
+    model = service_of(request).model
+    return JSONResponse({"ids": prompt_ids(model, text_in(body, "text"), special=bool(body.get("special")))})
+
+
+async def generate(request: HttpRequest) -> Response:
+    """Steps as lines, as they are made; the last line has the timing, or an error."""
+    service, body = service_of(request), await body_of(request)
+    try:
+        sampling = Sampling(**{**body["sampling"], "logit_bias": _biases(body["sampling"].get("logit_bias", {}))})
+        asked = [Request(**{**each, "stop": tuple(each.get("stop", ()))}) for each in body["requests"]]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"the request can't be read: {error}", "use the client of the same version") from None
+    logprobs, slide, whole = body.get("logprobs"), bool(body.get("slide")), bool(body.get("whole"))
+    tickets = [Ticket(each, sampling, logprobs, slide, whole) for each in asked]
+    for ticket in tickets:  # before the answer begins
+        check_prompt(service.model, ticket.request.prompt)
+    return StreamingResponse(_lines(service, tickets), media_type="application/x-ndjson")
+
+
+async def _lines(service: Service, tickets: list[Ticket]) -> AsyncIterator[str]:
+    try:
+        async for row, steps in service.bridge.run(tickets):
+            yield "".join(json.dumps(_as_line(service, row, step), ensure_ascii=False) + "\n" for step in steps)
+    except GptcliError as error:
+        yield json.dumps(error_object(error)) + "\n"
+        return
+    first = min(ticket.first or ticket.ended for ticket in tickets)
+    last = max(ticket.ended for ticket in tickets)
+    timing = {
+        "prefill_seconds": first - min(ticket.submitted for ticket in tickets),
+        "decode_seconds": last - first,
+        "known": [ticket.known for ticket in tickets],
+        "step": service.model.stepping.told,
+    }
+    yield json.dumps({"timing": timing}) + "\n"
+
+
+def _as_line(service: Service, row: int, step: Step) -> dict[str, Any]:
+    line: dict[str, Any] = {"row": row, "token": step.token, "text": step.text}
+    if step.finish:
+        line["finish"] = step.finish
+    if step.slid:
+        line["slid"] = step.slid
+    if step.chosen:
+        line["chosen"] = _choice(service, step.chosen)
+        line["top"] = [_choice(service, choice) for choice in step.top]
+    return line
+
+
+def _choice(service: Service, choice: Choice) -> list[Any]:
+    return [choice.id, choice.logprob, service.model.tokenizer.decode([choice.id])]
+
+
+def _biases(given: Mapping[str, float]) -> dict[int, float]:
+    """JSON has no numbers for keys."""
+    try:
+        return {int(id_): float(bias) for id_, bias in given.items()}
+    except ValueError:
+        raise UsageError("logit_bias is not ID: BIAS", "use the client of the same version") from None
+
+
+async def body_of(request: HttpRequest) -> dict[str, Any]:
+    """A request's JSON object. Raises UsageError where it is none."""
+    try:
+        value = json.loads(await request.body())
+    except ValueError as error:
+        raise UsageError(f"the body is not JSON: {error}", "send a JSON object") from None
+    if not isinstance(value, dict):
+        raise UsageError("the body is no JSON object", "send one")
+    return value
+
+
+def text_in(body: Mapping[str, Any], name: str, default: str | None = None) -> str:
+    """A text in a body. Raises UsageError where it is something else."""
+    value = body.get(name, default)
+    if not isinstance(value, str):
+        raise UsageError(f"{name} should be a text", "send a string")
+    return value
+
+
+routes = [
+    Route("/gptcli/status", only_by_socket(status), methods=["GET"]),
+    Route("/gptcli/stop", only_by_socket(stop), methods=["POST"]),
+    Route("/gptcli/open", only_by_socket(opened), methods=["POST"]),
+    Route("/gptcli/tokens", only_by_socket(tokens), methods=["POST"]),
+    Route("/gptcli/generate", only_by_socket(generate), methods=["POST"]),
+]

@@ -1,0 +1,133 @@
+"""Where a warm process is found: a socket for each user and model, in a folder that is the user's alone.
+
+Whoever serves holds a lock on a file beside the socket for as long as it lives, and the system lets go of it however it
+ends. So of two that start at once one gets it, and a socket without a locked file is stale and may be taken away.
+
+Without torch, and without anything that takes long to import: it is read at every key that is pressed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import socket
+import stat
+import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from gptcli.errors import CorruptError, NotFoundError, ResourceError
+
+# The bytes of a socket's path that every system takes (Linux 107, macOS 103).
+_LONGEST = 103
+
+
+def runtime_folder(environment: Mapping[str, str] = os.environ) -> Path:
+    """The user's folder for sockets, made with mode 0700 where it is missing.
+
+    ``$XDG_RUNTIME_DIR/gptcli``, or ``gptcli-UID`` among the temporary files. Raises CorruptError where it belongs to
+    somebody else or others may write there: they could answer in our name, and read what is asked.
+    """
+    told = environment.get("XDG_RUNTIME_DIR")
+    folder = Path(told) / "gptcli" if told else Path(tempfile.gettempdir()) / f"gptcli-{os.getuid()}"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.lstat()
+    except OSError as error:
+        hint = "set XDG_RUNTIME_DIR to a folder of yours"
+        raise NotFoundError(f"{folder} can't be used for sockets: {error}", hint) from None
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise CorruptError(
+            f"{folder} is not a folder of yours alone", "remove it, or set XDG_RUNTIME_DIR to a folder of yours"
+        )
+    return folder
+
+
+@dataclass(frozen=True)
+class Place:
+    """The files of one model's warm process: its socket, its lock, and what it has to say."""
+
+    folder: Path
+    name: str
+
+    @classmethod
+    def of(cls, runtime: Path, model: Path) -> Place:
+        """The place of a model's folder."""
+        key = hashlib.sha256(os.fsencode(model.resolve())).hexdigest()[:12]
+        return cls(runtime, f"{model.resolve().name[:24]}-{key}")
+
+    @property
+    def socket(self) -> Path:
+        return self.folder / f"{self.name}.sock"
+
+    @property
+    def lock(self) -> Path:
+        return self.folder / f"{self.name}.lock"
+
+    @property
+    def log(self) -> Path:
+        return self.folder / f"{self.name}.log"
+
+
+def places(runtime: Path) -> list[Place]:
+    """All that were ever used."""
+    return [Place(runtime, file.stem) for file in sorted(runtime.glob("*.lock"))]
+
+
+class Claim:
+    """The right to serve at a place, held until ``release``, and the socket that listens there."""
+
+    def __init__(self, place: Place, lock: int, listener: socket.socket) -> None:
+        self.place = place
+        self.listener = listener
+        self._lock = lock
+
+    def release(self) -> None:
+        """Take the socket away and let others serve."""
+        with suppress(OSError):
+            self.place.socket.unlink()
+        self.listener.close()
+        os.close(self._lock)
+
+
+def claim(place: Place) -> Claim | None:
+    """Listen at a place, readable by its user alone (0600); None where somebody does already.
+
+    Who connects waits until the model is loaded, and learns at once when that fails: the socket listens before anything
+    else is done. A stale socket is taken away. Raises ResourceError where the system has no socket for us.
+    """
+    if len(os.fsencode(place.socket)) > _LONGEST:
+        raise ResourceError(f"{place.socket} is too long for a socket", "set XDG_RUNTIME_DIR to a shorter path")
+    lock = os.open(place.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        return None
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        with suppress(FileNotFoundError):
+            place.socket.unlink()
+        # Nobody else gets into the folder, so nobody sees the socket before its mode is set.
+        listener.bind(str(place.socket))
+        place.socket.chmod(0o600)
+        listener.listen(128)
+    except OSError as error:
+        listener.close()
+        os.close(lock)
+        raise ResourceError(f"{place.socket} can't be listened at: {error}", "set XDG_RUNTIME_DIR elsewhere") from None
+    return Claim(place, lock, listener)
+
+
+def fingerprint(model: Path) -> str:
+    """Changes when a file of a model's folder does: names, sizes and times, not contents."""
+    digest = hashlib.sha256()
+    with suppress(OSError):
+        for file in sorted(model.iterdir()):
+            if file.suffix in (".json", ".safetensors", ".txt", ".jinja"):
+                status = file.stat()
+                digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,78 @@
+"""Runs the application on sockets that are there already, until it is told to stop, a signal comes, or it was idle."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+from collections.abc import Iterator, Sequence
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from gptcli.serve.app import Service
+
+# Seconds for answers that are being given when the process is asked to end.
+_GRACE = 3
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn, which leaves signals to us: it would let the one that ended it kill the process before it tidies up."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A TCP socket that listens. Raises OSError where the port is taken."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(128)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def run(app: ASGIApp, service: Service, sockets: Sequence[socket.socket], *, idle_seconds: float = 0.0) -> None:
+    """Serve until the end; with ``idle_seconds`` it comes when nobody has asked for anything for so long."""
+    asyncio.run(_serve(app, service, sockets, idle_seconds))
+
+
+async def _serve(app: ASGIApp, service: Service, sockets: Sequence[socket.socket], idle_seconds: float) -> None:
+    config = uvicorn.Config(
+        app,
+        log_level="error",
+        access_log=False,
+        lifespan="on",
+        ws="none",
+        server_header=False,
+        date_header=False,
+        timeout_graceful_shutdown=_GRACE,
+    )
+    server = _Server(config)
+
+    def stop() -> None:
+        server.should_exit = True
+
+    service.stop = stop
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        loop.add_signal_handler(number, stop)
+    watch = asyncio.create_task(_stop_when_idle(service, idle_seconds)) if idle_seconds else None
+    try:
+        await server.serve(sockets=list(sockets))
+    finally:
+        if watch:
+            watch.cancel()
+
+
+async def _stop_when_idle(service: Service, seconds: float) -> None:
+    while (left := seconds - service.idle_seconds) > 0:
+        await asyncio.sleep(left)
+    service.stop()
