@@ -136,7 +136,7 @@ async def run():
         Import("j", "body"),
     ]
     assert "core.checkpoint" in ours("gptcli.core.build")
-    assert "core.build" in ours("gptcli.cli.generate")
+    assert "core.runner" in ours("gptcli.cli.warm")
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))
@@ -339,4 +339,5 @@ def test_a_cold_answer_loads_torch_and_little_else(tiny_folder: Path) -> None:
     assert not {name for name in others if top(name) != "torch"}
     assert len(others) <= 3, others
     asked = {layer(name) for name in names if name.startswith("gptcli.")}
-    assert asked == {"cli", "core", "errors", "spec", "text"}
+    assert asked == {"cli", "core", "errors", "serve", "spec", "text"}
+    assert {name for name in names if name.startswith("gptcli.serve.")} == {"gptcli.serve.place"}  # is a model warm?

@@ -35,6 +35,7 @@ COMMANDS: dict[str, Entry] = {
     "count-params": Entry("Report a model's parameters, matrix by matrix.", "gptcli.cli.count_params:count_params"),
     "train": Entry("Train a model on text, or fine-tune one.", "gptcli.cli.train:train"),
     "plot": Entry("Draw or compare the curves of training runs.", "gptcli.cli.plot:plot"),
+    "serve": Entry("Keep a model warm for all commands, and serve OpenAI's API.", "gptcli.cli.serve:serve"),
     "models": Entry(
         "See which models are here, check and prepare them.",
         {

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gptcli.core.predict import Distribution
-    from gptcli.text.tokenizer import Tokenizer
+    from gptcli.core.distribution import Distribution
 
 
-def as_json(found: Distribution, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The contract's fields, and ``others``: the probability of all tokens that are not in ``top``."""
+def as_json(found: Distribution, text_of: Callable[[int], str]) -> dict[str, Any]:
+    """The contract's fields, and ``others``: the probability of all tokens that are not in ``top``.
+
+    ``text_of`` tells the text of an id.
+    """
     return {
         "temperature": found.temperature,
         "entropy_bits": found.entropy_bits,
         "others": found.others,
         "top": [
-            {"id": one.id, "text": tokenizer.decode([one.id]), "logit": one.logit, "probability": one.probability}
+            {"id": one.id, "text": text_of(one.id), "logit": one.logit, "probability": one.probability}
             for one in found.top
         ],
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,11 +14,11 @@ import typer
 from gptcli.cli import options
 from gptcli.cli.input import ERRORS, Source, one_text, sources
 from gptcli.cli.out import Output
+from gptcli.cli.warm import Runner, Warm, open_runner
 from gptcli.errors import CorruptError, UsageError
 from gptcli.text.documents import SEPARATOR
 
 if TYPE_CHECKING:
-    from gptcli.core.build import Model
     from gptcli.core.requests import Choice, Step, Timing
     from gptcli.core.settings import Sampling
 
@@ -83,6 +84,7 @@ def generate(
     quantize: options.Quantize = "none",
     threads: options.Threads = None,
     offline: options.Offline = False,
+    warm: Warm = None,
 ) -> None:
     """Continue a text, streaming.
 
@@ -112,25 +114,22 @@ def generate(
     else:
         prompts = list(_read_batch(batch, errors))
 
-    from gptcli.cli.opening import open_for_inference
-
-    loaded = open_for_inference(model, out, device=device, dtype=dtype, quantize=quantize, threads=threads)
-    from gptcli.core import runtime
+    runner = open_runner(model, out, warm=warm, device=device, dtype=dtype, quantize=quantize, threads=threads)
     from gptcli.core.requests import Timing
 
-    if unknown := [id_ for id_ in sampling.logit_bias if id_ >= loaded.config.vocab_size]:
+    if unknown := [id_ for id_ in sampling.logit_bias if id_ >= runner.vocab_size]:
         raise UsageError(
-            f"--logit-bias: there is no token {unknown[0]}", f"{loaded.name} has {loaded.config.vocab_size:,} tokens"
+            f"--logit-bias: there is no token {unknown[0]}", f"{runner.name} has {runner.vocab_size:,} tokens"
         )
-    common_seed = seed if seed is not None else runtime.draw_seed()
+    common_seed = seed if seed is not None else secrets.randbits(32)
     if seed is None and not out.json and temperature > 0:
         out.note(f"seed {common_seed}")
     # What a prompt that is cut leaves free for the answer: what it needs, up to half the context.
-    half = loaded.config.context // 2
+    half = runner.context // 2
     room = None if truncate_prompt is None else min(max_tokens, half) if max_tokens >= 0 else half
     for prompt in prompts:
-        prompt.prepare(loaded, special=special == "parse", room=room, out=out)
-    job = _Job(loaded, sampling, max_tokens, stop or [], ignore_eos, slide, logprobs, Timing())
+        prompt.prepare(runner, special=special == "parse", room=room, out=out)
+    job = _Job(runner, sampling, max_tokens, stop or [], ignore_eos, slide, logprobs, Timing())
     runs = [
         _Run(prompt, (prompt.seed if prompt.seed is not None else common_seed) + i)
         for prompt in prompts
@@ -141,7 +140,7 @@ def generate(
     else:
         shown = out.on_terminal if echo is None else echo
         _write_text(out, job, runs, echo=shown, stream=stream)
-    out.detail(loaded.stepping.told)
+    out.detail(runner.told)
     if stats:
         _tell_stats(out, job, runs)
 
@@ -154,16 +153,16 @@ class _Prompt:
     seed: int | None = None
     ids: list[int] = field(default_factory=list)
 
-    def prepare(self, model: Model, *, special: bool, room: int | None, out: Output) -> None:
+    def prepare(self, runner: Runner, *, special: bool, room: int | None, out: Output) -> None:
         """Encode the text; past the context its beginning goes, if ``room`` says how much to leave for the answer."""
-        from gptcli.core.generate import check_prompt, prompt_ids
+        from gptcli.core.requests import check_length
 
-        ids = prompt_ids(model, self.text, special=special)
-        if room is not None and len(ids) > model.config.context:
-            most = max(1, model.config.context - room)
+        ids = runner.prompt_ids(self.text, special=special)
+        if room is not None and len(ids) > runner.context:
+            most = max(1, runner.context - room)
             out.note(f"the first {len(ids) - most:,} of {len(ids):,} prompt tokens were cut off")
             ids = ids[-most:]
-        check_prompt(model, ids)
+        check_length(ids, runner.context, runner.name)
         self.ids = ids
 
 
@@ -183,7 +182,7 @@ class _Run:
 class _Job:
     """What all runs of a command share."""
 
-    model: Model
+    runner: Runner
     sampling: Sampling
     max_tokens: int
     stop: Sequence[str]
@@ -194,12 +193,11 @@ class _Job:
 
     def steps(self, runs: Sequence[_Run], timing: Timing) -> Iterator[Step]:
         """Decode some runs together, keeping their answers up to date."""
-        from gptcli.core.generate import generate
         from gptcli.core.requests import Request
 
         requests = [Request(run.prompt.ids, run.seed, self.max_tokens, self.stop, self.ignore_eos) for run in runs]
-        for step in generate(
-            self.model, requests, self.sampling, logprobs=self.logprobs, slide=self.slide, timing=timing
+        for step in self.runner.generate(
+            requests, self.sampling, logprobs=self.logprobs, slide=self.slide, timing=timing
         ):
             run = runs[step.row]
             run.text += step.text
@@ -230,7 +228,7 @@ class _Job:
             yield first, group, timing
 
     def _choice(self, choice: Choice) -> dict[str, Any]:
-        return {"id": choice.id, "text": self.model.tokenizer.decode([choice.id]), "logprob": choice.logprob}
+        return {"id": choice.id, "text": self.runner.token_text(choice.id), "logprob": choice.logprob}
 
 
 def _write_json(out: Output, job: _Job, runs: list[_Run], *, numbered: bool) -> None:
@@ -241,19 +239,19 @@ def _write_json(out: Output, job: _Job, runs: list[_Run], *, numbered: bool) -> 
 
 
 def _as_json(job: _Job, run: _Run, timing: Timing, index: int | None) -> dict[str, Any]:
-    model = job.model
+    runner = job.runner
     value: dict[str, Any] = {} if index is None else {"index": index}
     value |= {
-        "model": model.name,
+        "model": runner.name,
         "prompt": run.prompt.text,
         "text": run.text,
         "tokens": run.tokens,
         "finish_reason": run.finish,
         "seed": run.seed,
-        **model.used,
+        **runner.used,
         "usage": {"prompt_tokens": len(run.prompt.ids), "completion_tokens": len(run.tokens)},
         "timing": {
-            "load_seconds": model.load_seconds,
+            "load_seconds": runner.load_seconds,
             "prefill_seconds": timing.prefill_seconds,
             "decode_seconds": timing.decode_seconds,
             "tokens_per_second": timing.tokens_per_second,
@@ -306,9 +304,9 @@ def _tell_finish(out: Output, run: _Run) -> None:
 def _tell_stats(out: Output, job: _Job, runs: list[_Run]) -> None:
     timing = job.timing
     prompt, made = sum(len(run.prompt.ids) for run in runs), sum(len(run.tokens) for run in runs)
-    used = ", ".join(word for word in job.model.used.values() if word != "none")
+    used = ", ".join(word for word in job.runner.used.values() if word != "none")
     out.stats(
-        f"{job.model.name} ({used}): load {job.model.load_seconds:.3f} s, "
+        f"{job.runner.name} ({used}): load {job.runner.load_seconds:.3f} s, "
         f"prompt {prompt:,} tokens in {timing.prefill_seconds:.3f} s, "
         f"text {made:,} tokens in {timing.decode_seconds:.3f} s, {timing.tokens_per_second:,.1f} tokens/s"
     )

@@ -15,11 +15,11 @@ from gptcli.cli.distribution import as_json
 from gptcli.cli.input import ERRORS, Source, one_text, sources
 from gptcli.cli.out import Output
 from gptcli.cli.tokens import quoted
+from gptcli.cli.warm import Runner, Warm, open_runner
 from gptcli.errors import LimitError, UsageError
 
 if TYPE_CHECKING:
-    from gptcli.core.build import Model
-    from gptcli.core.predict import Continuation
+    from gptcli.core.distribution import Continuation
 
 # Lines of --lines that are read before they are computed together.
 _LINES_AT_ONCE = 64
@@ -56,6 +56,7 @@ def predict(
     quantize: options.Quantize = "none",
     threads: options.Threads = None,
     offline: options.Offline = False,
+    warm: Warm = None,
 ) -> None:
     """Show what may come next, as bars.
 
@@ -81,10 +82,8 @@ def predict(
     if first is None:
         return
 
-    from gptcli.cli.opening import open_for_inference
-
-    loaded = open_for_inference(model, out, device=device, dtype=dtype, quantize=quantize, threads=threads)
-    work = _Work(out, loaded, asked, top, temperatures, special == "parse", truncate_prompt is not None)
+    runner = open_runner(model, out, warm=warm, device=device, dtype=dtype, quantize=quantize, threads=threads)
+    work = _Work(out, runner, asked, top, temperatures, special == "parse", truncate_prompt is not None)
     texts = chain([first], texts)
     while group := list(islice(texts, _LINES_AT_ONCE)):
         work.do(group)
@@ -145,17 +144,17 @@ class _Work:
     def __init__(
         self,
         out: Output,
-        model: Model,
+        runner: Runner,
         asked: _Asked,
         top: int,
         temperatures: Sequence[float],
         special: bool,
         truncate: bool,
     ) -> None:
-        self.out, self.model, self.asked, self.top, self.temperatures = out, model, asked, top, temperatures
+        self.out, self.runner, self.asked, self.top, self.temperatures = out, runner, asked, top, temperatures
         self.special, self.truncate = special, truncate
         # A choice is encoded apart from the prompt: so the prompt's tokens are the same for all of them.
-        self.choices = [model.tokenizer.encode(text, special=special) for text in asked.choices]
+        self.choices = [runner.encode(text, special=special) for text in asked.choices]
         self._done = 0
 
     def do(self, texts: Sequence[str]) -> None:
@@ -169,20 +168,16 @@ class _Work:
         self.out.stdout.flush()
 
     def _prepare(self, text: str, number: int) -> _Prompt:
-        from gptcli.core.generate import check_prompt, prompt_ids
-        from gptcli.core.predict import check_continuations
+        from gptcli.core.distribution import check_lengths
 
         where = f"line {number}: " if self.asked.lines else ""
-        ids = prompt_ids(self.model, text, special=self.special)
-        most = self.model.config.context - max(map(len, self.choices), default=1) + 1
+        ids = self.runner.prompt_ids(text, special=self.special)
+        most = self.runner.context - max(map(len, self.choices), default=1) + 1
         if self.truncate and len(ids) > most > 0:
             self.out.note(f"{where}the first {len(ids) - most:,} of {len(ids):,} prompt tokens were cut off")
             ids = ids[-most:]
         try:
-            if self.choices:
-                check_continuations(self.model, ids, self.choices)
-            else:
-                check_prompt(self.model, ids)
+            check_lengths(ids, self.choices or [[0]], self.runner.context, self.runner.name)
         except LimitError as error:
             raise LimitError(where + error.message, error.hint) from None
         if self.out.verbose:
@@ -191,7 +186,7 @@ class _Work:
 
     def _tell_borders(self, text: str, where: str) -> None:
         """Say which choices would be other tokens if they were encoded along with the prompt."""
-        encode = self.model.tokenizer.encode
+        encode = self.runner.encode
         apart = encode(text, special=self.special)
         for choice, ids in zip(self.asked.choices, self.choices, strict=True):
             if encode(text + choice, special=self.special) != apart + ids:
@@ -201,16 +196,14 @@ class _Work:
                 )
 
     def _distribute(self, prompts: Sequence[_Prompt]) -> None:
-        from gptcli.core.predict import distribution, next_logits_batch
-
-        for prompt, logits in zip(prompts, next_logits_batch(self.model, [each.ids for each in prompts]), strict=True):
-            found = [distribution(logits, temperature, self.top) for temperature in self.temperatures]
+        every = self.runner.distributions([each.ids for each in prompts], self.temperatures, self.top)
+        for prompt, found in zip(prompts, every, strict=True):
             if self.out.json:
-                blocks = [as_json(each, self.model.tokenizer) for each in found]
+                blocks = [as_json(each, self.runner.token_text) for each in found]
                 self._record(prompt, blocks[0] if len(blocks) == 1 else {"temperatures": blocks})
             elif self.out.on_terminal:
                 tokens = [self._shown(candidate.id) for candidate in found[0].top]
-                rest = self.model.config.vocab_size - len(tokens)
+                rest = self.runner.vocab_size - len(tokens)
                 self._title(prompt)
                 self.out.data(predict_bars.distributions(found, tokens, rest, _width(), self.out.style))
             else:
@@ -223,9 +216,9 @@ class _Work:
                     self.out.detail(f"T = {each.temperature:g}: entropy {each.entropy_bits} bits, others {each.others}")
 
     def _choose(self, prompts: Sequence[_Prompt]) -> None:
-        from gptcli.core.predict import normalized, score_continuations
+        from gptcli.core.distribution import normalized
 
-        found = score_continuations(self.model, [prompt.ids for prompt in prompts], self.choices)
+        found = self.runner.continuations([prompt.ids for prompt in prompts], self.choices)
         for prompt, scored in zip(prompts, found, strict=True):
             weights = [each.logprob_per_token if self.asked.per_token else each.logprob for each in scored]
             chances = normalized(weights)
@@ -257,7 +250,7 @@ class _Work:
     def _title(self, prompt: _Prompt) -> None:
         if prompt.number > 1:
             self.out.data("")
-        before, text = predict_bars.title(self.model.name, prompt.text, _width())
+        before, text = predict_bars.title(self.runner.name, prompt.text, _width())
         self.out.data(self.out.style(before, "dim") + self.out.style(text, "bold"))
 
     def _row(self, *values: float | str) -> None:
@@ -265,12 +258,12 @@ class _Work:
         self.out.data("\t".join(map(str, values)))
 
     def _shown(self, id_: int) -> str:
-        return quoted(self.model.tokenizer.token_bytes(id_))
+        return quoted(self.runner.token_bytes(id_))
 
     def _record(self, prompt: _Prompt, answer: dict[str, Any]) -> None:
         index = {"index": prompt.number - 1} if self.asked.lines else {}
-        of_prompt = {"model": self.model.name, "prompt": prompt.text, "tokens": prompt.ids}
-        self.out.record(index | of_prompt | answer | self.model.used)
+        of_prompt = {"model": self.runner.name, "prompt": prompt.text, "tokens": prompt.ids}
+        self.out.record(index | of_prompt | answer | self.runner.used)
 
     def _choice(self, text: str, scored: Continuation, chance: float) -> dict[str, Any]:
         return {

@@ -11,7 +11,7 @@ from gptcli.cli.out import harmless
 from gptcli.cli.tokens import visible
 
 if TYPE_CHECKING:
-    from gptcli.core.predict import Distribution
+    from gptcli.core.distribution import Distribution
 
 Style = Callable[[str, str], str]  # text, and "bold" or "dim"
 

@@ -246,14 +246,18 @@ def _show(out: Output, work: _Work, asked: _Asked, made: Sequence[Trace]) -> Non
 
 def _as_json(work: _Work, asked: _Asked, made: Sequence[Trace], prompt: str) -> dict[str, Any]:
     model, first = work.model, made[0]
+
+    def text_of(id_: int) -> str:
+        return model.tokenizer.decode([id_])
+
     value: dict[str, Any] = {
         "model": model.name,
         "prompt": prompt,
         "stages": [stage.to_dict() for stage in first.stages],
-        "next": {"model": model.name, "prompt": prompt, "tokens": first.ids} | as_json(first.next, model.tokenizer),
+        "next": {"model": model.name, "prompt": prompt, "tokens": first.ids} | as_json(first.next, text_of),
         "drawn": _drawn(model, first.drawn),
         "then": [
-            {"tokens": one.ids, "drawn": _drawn(model, one.drawn), "next": as_json(one.next, model.tokenizer)}
+            {"tokens": one.ids, "drawn": _drawn(model, one.drawn), "next": as_json(one.next, text_of)}
             for one in made[1:]
         ],
         "seed": work.seed,

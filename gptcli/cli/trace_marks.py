@@ -12,7 +12,7 @@ from gptcli.cli.trace_window import Window
 from gptcli.cli.trace_words import number, percent, title, words
 
 if TYPE_CHECKING:
-    from gptcli.core.predict import Candidate
+    from gptcli.core.distribution import Candidate
     from gptcli.core.trace import Stage, Trace
 
 HUES = 6  # token colours, in turn

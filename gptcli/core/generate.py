@@ -11,10 +11,10 @@ from torch import Tensor
 from gptcli.core import runtime
 from gptcli.core.build import Model
 from gptcli.core.decode import Decoder
-from gptcli.core.requests import Choice, Finish, Request, Step, Timing
+from gptcli.core.requests import Choice, Finish, Request, Step, Timing, check_length
 from gptcli.core.sampling import History, sample
 from gptcli.core.settings import Sampling
-from gptcli.errors import CorruptError, LimitError, UsageError
+from gptcli.errors import CorruptError, UsageError
 from gptcli.text.stops import Stops
 from gptcli.text.stream import TextStream
 
@@ -44,11 +44,7 @@ def prompt_ids(model: Model, text: str, *, special: bool = False) -> list[int]:
 
 def check_prompt(model: Model, ids: Sequence[int]) -> None:
     """Raise LimitError for a prompt longer than the context, UsageError for ids that the model does not have."""
-    if len(ids) > model.config.context:
-        raise LimitError(
-            f"the prompt is {len(ids):,} tokens, and the context of {model.name} is {model.config.context:,}",
-            "shorten it, or let its beginning go with --truncate-prompt left",
-        )
+    check_length(ids, model.config.context, model.name)
     if ids and not 0 <= min(ids) <= max(ids) < model.config.vocab_size:
         wrong = max(ids) if min(ids) >= 0 else min(ids)
         raise UsageError(

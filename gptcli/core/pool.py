@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from gptcli.core.cache import KVCache
+from gptcli.core.generate import report
 from gptcli.core.model import Transformer
 from gptcli.core.prefixes import Prefixes
+from gptcli.core.requests import Choice
+from gptcli.core.sampling import History, sample
+from gptcli.core.settings import Sampling
 from gptcli.core.stepping import Stepping
 
 # A process that lives long takes this many steps and more: whatever makes them fast is worth preparing.
@@ -66,15 +71,16 @@ class Pool:
         return logits, known
 
     @torch.inference_mode()
-    def step(self, tokens: Tensor) -> Tensor:
-        """Add one token ``[B]`` to each row; the logits ``[B, V]`` of the next."""
+    def step(self, tokens: Sequence[int]) -> Tensor:
+        """Add one token to each row; the logits ``[B, V]`` of the next."""
         if self._cache is None:
             raise ValueError("there are no rows")
         longest = max(self._cache.lengths) + 1
         if longest > self._cache.capacity:
             doubled = min(2 * self._cache.capacity, self.transformer.config.context)
             self._cache.grow(max(longest, doubled))
-        return self.stepping.step(tokens=_MANY, rows=self.rows)(tokens, self._cache)
+        step = self.stepping.step(tokens=_MANY, rows=self.rows)
+        return step(torch.tensor(tokens, device=self._device), self._cache)
 
     @torch.inference_mode()
     def leave(self, row: int, ids: Sequence[int] = ()) -> None:
@@ -91,3 +97,46 @@ class Pool:
     def clear(self) -> None:
         """Take all rows out."""
         self._cache = None
+
+
+@dataclass(frozen=True)
+class Draw:
+    """How the next token of a row is drawn: as ``sample`` and ``report`` take it."""
+
+    sampling: Sampling
+    seed: int
+    position: int
+    logprobs: int | None = None
+    history: History | None = None
+
+
+@torch.inference_mode()
+def draw(logits: Tensor, asked: Sequence[Draw]) -> list[tuple[int, Choice | None, tuple[Choice, ...]]]:
+    """A token for each row of logits ``[B, V]``, and what ``report`` tells of it; rows that are alike go together."""
+    found: list[tuple[int, Choice | None, tuple[Choice, ...]]] = [(0, None, ())] * len(asked)
+    for places in _alike(asked):
+        first = asked[places[0]]
+        rows = logits if len(places) == len(asked) else logits[torch.tensor(places, device=logits.device)]
+        seeds, positions = [asked[place].seed for place in places], [asked[place].position for place in places]
+        drawn = sample(rows, first.sampling, seeds, positions, first.history)
+        if first.history is not None:
+            first.history.add(drawn)
+        reports = report(rows, drawn, first.logprobs)
+        for place, token, (chosen, top) in zip(places, drawn.tolist(), reports, strict=True):
+            found[place] = token, chosen, top
+    return found
+
+
+def _alike(asked: Sequence[Draw]) -> list[list[int]]:
+    """Rows whose tokens may be drawn together, since their sampling is the same and looks at nothing else."""
+    groups: list[tuple[tuple[Sampling, int | None], list[int]]] = []
+    alone: list[list[int]] = []
+    for place, each in enumerate(asked):
+        how = (each.sampling, each.logprobs)
+        if each.history is not None:
+            alone.append([place])
+        elif group := next((places for known, places in groups if known == how), None):
+            group.append(place)
+        else:
+            groups.append((how, [place]))
+    return [*(places for _, places in groups), *alone]

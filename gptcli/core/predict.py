@@ -5,60 +5,19 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from gptcli.core.build import Model
 from gptcli.core.decode import Decoder, padded
+from gptcli.core.distribution import Candidate, Continuation, Distribution, check_lengths
 from gptcli.core.generate import check_finite, check_prompt
-from gptcli.errors import LimitError
 
 # Memory for the keys, values and logits of rows that are computed together; more rows wait for their turn.
 _ROOM_BYTES = 1 << 30
 # Tokens that a row may always be padded with; beyond, to twice its length.
 _PADDING = 16
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A token that may come next: its logit as the model gives it, and its probability at the temperature asked for."""
-
-    id: int
-    logit: float
-    probability: float
-
-
-@dataclass(frozen=True)
-class Distribution:
-    """The next token's distribution at one temperature.
-
-    ``top`` are the likeliest tokens, best first; ``others`` is the probability of all the rest together.
-    """
-
-    temperature: float
-    entropy_bits: float
-    top: tuple[Candidate, ...]
-    others: float
-
-
-@dataclass(frozen=True)
-class Continuation:
-    """Token ids that may follow a prompt, and each one's log-probability given all before: nats, temperature 1."""
-
-    ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
-
-    @property
-    def logprob(self) -> float:
-        """Of the whole: the sum over its tokens."""
-        return math.fsum(self.logprobs)
-
-    @property
-    def logprob_per_token(self) -> float:
-        """The mean over its tokens, which does not favour short ones (Brown et al. 2020, GPT-3, section 2.4)."""
-        return self.logprob / len(self.logprobs)
 
 
 def next_logits(model: Model, ids: Sequence[int]) -> Tensor:
@@ -116,24 +75,12 @@ def distribution(logits: Tensor, temperature: float = 1.0, top: int = 10) -> Dis
     )
 
 
-def normalized(logprobs: Sequence[float]) -> list[float]:
-    """The probabilities of alternatives of which one is true: softmax of their log-probabilities (nats)."""
-    return torch.tensor(list(logprobs), dtype=torch.float64).softmax(-1).tolist()
-
-
 def check_continuations(model: Model, prompt: Sequence[int], choices: Sequence[Sequence[int]]) -> None:
     """Raise LimitError where a prompt and a choice exceed the context, UsageError for ids that are not there.
 
     A choice's last token is predicted, never read, so it may stand one past the context.
     """
-    context = model.config.context
-    longest = max(map(len, choices))
-    if len(prompt) + longest - 1 > context:
-        raise LimitError(
-            f"the prompt is {len(prompt):,} tokens, the longest choice {longest:,}, and the context of {model.name} "
-            f"is {context:,}",
-            "shorten them, or let the prompt's beginning go with --truncate-prompt left",
-        )
+    check_lengths(prompt, choices, model.config.context, model.name)
     for ids in (prompt, *choices):
         check_prompt(model, ids)
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from gptcli.errors import LimitError
+
 Finish = Literal["stop", "length", "context", "eos"]
 
 
@@ -70,3 +72,12 @@ class Timing:
     def tokens_per_second(self) -> float:
         """Of decoding, the prompt not counted."""
         return self.decoded_tokens / self.decode_seconds if self.decode_seconds else 0.0
+
+
+def check_length(prompt: Sequence[int], context: int, model: str) -> None:
+    """Raise LimitError for a prompt longer than a model's context."""
+    if len(prompt) > context:
+        raise LimitError(
+            f"the prompt is {len(prompt):,} tokens, and the context of {model} is {context:,}",
+            "shorten it, or let its beginning go with --truncate-prompt left",
+        )

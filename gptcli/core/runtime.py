@@ -185,6 +185,12 @@ def free_memory_bytes() -> int | None:
     return None
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, the host's or a device's."""
+    said = isinstance(error, RuntimeError) and ("not enough memory" in str(error) or "can't allocate" in str(error))
+    return said or isinstance(error, MemoryError | torch.OutOfMemoryError)
+
+
 def cards() -> tuple[int, int]:
     """How many GPUs this machine has and the bytes of one, or 1 and the machine's memory where there is none."""
     if torch.cuda.is_available():

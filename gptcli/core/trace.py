@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gptcli.core.build import Model
+from gptcli.core.distribution import Distribution
 from gptcli.core.generate import check_finite, check_prompt
 from gptcli.core.model import Transformer, matrix_of
-from gptcli.core.predict import Distribution, distribution, probabilities
+from gptcli.core.predict import distribution, probabilities
 from gptcli.core.sampling import sample
 from gptcli.core.settings import Sampling
 from gptcli.errors import UsageError

@@ -26,6 +26,7 @@ class Service:
 
     Attributes:
         model, folder: what is served, and where it came from; ``files`` its fingerprint when it was loaded.
+        version: of gptcli.
         limits: as ``Engine`` takes them.
         stop: asks the process to end.
         started, last: seconds on ``time.monotonic``: since when it runs, and when the last request ended.
@@ -36,6 +37,7 @@ class Service:
     model: Model
     folder: Path
     files: str
+    version: str
     limits: Mapping[str, int] = field(default_factory=dict)
     stop: Callable[[], None] = lambda: None
     started: float = field(default_factory=time.monotonic)

@@ -12,7 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from gptcli import __version__, errors
+from gptcli import errors
+from gptcli.core.distribution import Candidate, Continuation, Distribution
 from gptcli.core.requests import Choice, Request, Step, Timing
 from gptcli.core.settings import Sampling
 from gptcli.errors import GptcliError, NotFoundError
@@ -126,28 +127,70 @@ class WarmModel:
     load_seconds = 0.0
 
     def __init__(self, client: Client, asked: Mapping[str, str]) -> None:
-        """``asked``: device, dtype and quantize as the user has them.
+        """``asked``: device, dtype and quantize as the user has them, and the version of gptcli.
 
         Raises CheckError where the process has the model otherwise than a command would load it, GoneError where it
         does not answer.
         """
         self._client = client
-        opened = client.post("/gptcli/open", {**asked, "version": __version__})
+        opened = client.post("/gptcli/open", asked)
         self.name: str = opened["name"]
         self.used: dict[str, str] = opened["used"]
         self.context: int = opened["context"]
         self.vocab_size: int = opened["vocab_size"]
         self.told: str = opened["step"]
-        self._texts: dict[int, str] = {}
+        self._bytes: dict[int, bytes] = {}
 
     def prompt_ids(self, text: str, *, special: bool = False) -> list[int]:
         """As ``core.generate.prompt_ids``."""
-        ids: list[int] = self._client.post("/gptcli/tokens", {"text": text, "special": special})["ids"]
+        return self._ids(text, special, prompt=True)
+
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        """The ids of a text alone."""
+        return self._ids(text, special, prompt=False)
+
+    def _ids(self, text: str, special: bool, *, prompt: bool) -> list[int]:
+        told = self._client.post("/gptcli/tokens", {"text": text, "special": special, "prompt": prompt})
+        ids: list[int] = told["ids"]
         return ids
 
     def token_text(self, id_: int) -> str:
-        """The text of a token that was among the choices told."""
-        return self._texts[id_]
+        """The text of a token."""
+        return self.token_bytes(id_).decode("utf-8", errors="replace")
+
+    def token_bytes(self, id_: int) -> bytes:
+        """The bytes of a token, asked for if they were not told with it."""
+        if id_ not in self._bytes:
+            self._know(self._client.post("/gptcli/pieces", {"ids": [id_]})["pieces"])
+        return self._bytes[id_]
+
+    def _know(self, pieces: Mapping[str, str]) -> None:
+        self._bytes.update((int(id_), bytes.fromhex(data)) for id_, data in pieces.items())
+
+    def distributions(
+        self, prompts: Sequence[Sequence[int]], temperatures: Sequence[float], top: int
+    ) -> list[list[Distribution]]:
+        """As of ``core.runner.LocalModel``."""
+        asked = {"prompts": list(prompts), "temperatures": list(temperatures), "top": top}
+        told = self._client.post("/gptcli/predict", asked)
+        self._know(told["pieces"])
+        return [
+            [
+                Distribution(**{**each, "top": tuple(Candidate(**candidate) for candidate in each["top"])})
+                for each in distributions
+            ]
+            for distributions in told["distributions"]
+        ]
+
+    def continuations(
+        self, prompts: Sequence[Sequence[int]], choices: Sequence[Sequence[int]]
+    ) -> list[list[Continuation]]:
+        """As of ``core.runner.LocalModel``."""
+        told = self._client.post("/gptcli/predict", {"prompts": list(prompts), "choices": list(choices)})
+        return [
+            [Continuation(tuple(each["ids"]), tuple(each["logprobs"])) for each in continuations]
+            for continuations in told["continuations"]
+        ]
 
     def generate(
         self,
@@ -167,6 +210,7 @@ class WarmModel:
         }
         timing = timing or Timing()
         for line in self._client.lines("/gptcli/generate", body):
+            self._know(line.get("pieces", {}))
             if told := line.get("timing"):
                 timing.prefill_seconds += told["prefill_seconds"]
                 timing.decode_seconds += told["decode_seconds"]
@@ -176,13 +220,9 @@ class WarmModel:
             yield self._step(line)
         raise GoneError("the warm process has ended in the middle of the answer", "run it again, or with --no-warm")
 
-    def _step(self, line: Mapping[str, Any]) -> Step:
-        chosen = self._choice(line["chosen"]) if "chosen" in line else None
-        top = tuple(self._choice(choice) for choice in line.get("top", ()))
+    @staticmethod
+    def _step(line: Mapping[str, Any]) -> Step:
+        chosen = Choice(*line["chosen"]) if "chosen" in line else None
+        top = tuple(Choice(*choice) for choice in line.get("top", ()))
         finish, slid = line.get("finish"), line.get("slid", 0)
         return Step(line["row"], line["token"], line["text"], chosen, top, finish, slid)
-
-    def _choice(self, told: Sequence[Any]) -> Choice:
-        id_, logprob, text = told
-        self._texts[id_] = text
-        return Choice(id_, logprob)

@@ -17,16 +17,13 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-import torch
-from torch import Tensor
-
 from gptcli.core import runtime
 from gptcli.core.build import Model
-from gptcli.core.generate import Row, check_finite, check_prompt, report
-from gptcli.core.pool import Pool
+from gptcli.core.generate import Row, check_finite, check_prompt
+from gptcli.core.pool import Draw, Pool, draw
 from gptcli.core.prefixes import Prefixes
 from gptcli.core.requests import Request, Step
-from gptcli.core.sampling import History, sample
+from gptcli.core.sampling import History
 from gptcli.core.settings import Sampling
 from gptcli.errors import BusyError, GptcliError, ResourceError
 
@@ -96,6 +93,11 @@ class _Seat:
     ticket: Ticket
     row: Row
     history: History | None
+
+    @property
+    def draw(self) -> Draw:
+        request, ticket = self.row.request, self.ticket
+        return Draw(ticket.sampling, request.seed, self.row.position, ticket.logprobs, self.history)
 
 
 class Engine:
@@ -272,13 +274,8 @@ class Engine:
 
     def _step(self) -> None:
         """One more token for every row."""
-        tokens = torch.tensor([seat.row.window[-1] for seat in self._seats], device=self.model.device)
         try:
-            logits = self._pool.step(tokens)  # [B, V]
-            for places in self._alike():
-                whole = len(places) == len(self._seats)
-                rows = logits if whole else logits[torch.tensor(places, device=logits.device)]
-                self._draw([self._seats[place] for place in places], rows)
+            self._draw(self._seats, self._pool.step([seat.row.window[-1] for seat in self._seats]))
         except Exception as error:
             for seat in self._seats:
                 self._fail(seat.ticket, _explained(error))
@@ -298,30 +295,10 @@ class Engine:
                 self._stand_up(place, remember=False)
                 self._stale.append(seat)
 
-    def _alike(self) -> list[list[int]]:
-        """Places whose tokens may be drawn together, since their sampling is the same and looks at nothing else."""
-        groups: list[tuple[tuple[Sampling, int | None], list[int]]] = []
-        alone: list[list[int]] = []
-        for place, seat in enumerate(self._seats):
-            how = (seat.ticket.sampling, seat.ticket.logprobs)
-            if seat.history is not None:
-                alone.append([place])
-            elif group := next((places for known, places in groups if known == how), None):
-                group.append(place)
-            else:
-                groups.append((how, [place]))
-        return [*(places for _, places in groups), *alone]
-
-    @torch.inference_mode()
-    def _draw(self, seats: Sequence[_Seat], logits: Tensor) -> None:
-        """Draw the next token of some rows with the same sampling, whose logits are ``[len(seats), V]``."""
-        ticket, history = seats[0].ticket, seats[0].history
-        seeds, positions = [seat.row.request.seed for seat in seats], [seat.row.position for seat in seats]
-        drawn = sample(logits, ticket.sampling, seeds, positions, history)
-        if history is not None:
-            history.add(drawn)
-        reports = report(logits, drawn, ticket.logprobs)
-        for seat, token, (chosen, top) in zip(seats, drawn.tolist(), reports, strict=True):
+    def _draw(self, seats: Sequence[_Seat], logits: Any) -> None:
+        """Draw the next token of some rows, whose logits are ``[len(seats), V]``."""
+        drawn = draw(logits, [seat.draw for seat in seats])
+        for seat, (token, chosen, top) in zip(seats, drawn, strict=True):
             step = seat.row.take(token, chosen, top, slide=seat.ticket.slide)
             self.counts.made_tokens += step.token is not None
             self._add(seat.ticket, step)
@@ -374,6 +351,6 @@ def _explained(error: Exception) -> Exception:
     """Torch's way to say that memory ran out, as ours."""
     if isinstance(error, GptcliError):
         return error
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+    if runtime.is_out_of_memory(error):
         return ResourceError("there is not enough memory for this request", "send a shorter one, or fewer at once")
     return error

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -17,13 +17,14 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from gptcli import __version__
 from gptcli.core import runtime
 from gptcli.core.generate import check_prompt, prompt_ids
-from gptcli.core.requests import Choice, Request, Step
+from gptcli.core.requests import Request, Step
+from gptcli.core.runner import LocalModel
 from gptcli.core.settings import Sampling
 from gptcli.errors import CheckError, GptcliError, UsageError
 from gptcli.serve.app import Service, error_object, only_by_socket, service_of
+from gptcli.serve.bridge import unless_gone
 from gptcli.serve.engine import Ticket
 from gptcli.serve.place import fingerprint
 from gptcli.spec.config import read_config
@@ -40,7 +41,7 @@ async def status(request: HttpRequest) -> Response:
             "model": model.name,
             "folder": str(service.folder),
             **model.used,
-            "version": __version__,
+            "version": service.version,
             "pid": os.getpid(),
             "seconds": time.monotonic() - service.started,
             "idle_seconds": service.idle_seconds,
@@ -80,8 +81,8 @@ async def opened(request: HttpRequest) -> Response:
 def why_not(service: Service, asked: Mapping[str, Any]) -> str | None:
     """Why a service's model is not the one that a command would load with such options; None where it is."""
     model, folder = service.model, service.folder
-    if asked.get("version") != __version__:
-        return f"the warm process is gptcli {__version__}"
+    if asked.get("version") != service.version:
+        return f"the warm process is gptcli {service.version}"
     if fingerprint(folder) != service.files:
         return f"the files of {model.name} have changed since the warm process loaded them"
     if asked.get("quantize", "none") != model.quantize:
@@ -96,10 +97,35 @@ def why_not(service: Service, asked: Mapping[str, Any]) -> str | None:
 
 
 async def tokens(request: HttpRequest) -> Response:
-    """The ids of a text as a prompt."""
+    """The ids of a text, alone or as a prompt."""
     body = await body_of(request)
-    model = service_of(request).model
-    return JSONResponse({"ids": prompt_ids(model, text_in(body, "text"), special=bool(body.get("special")))})
+    model, text, special = service_of(request).model, text_in(body, "text"), bool(body.get("special"))
+    ids = (
+        prompt_ids(model, text, special=special)
+        if body.get("prompt")
+        else model.tokenizer.encode(text, special=special)
+    )
+    return JSONResponse({"ids": ids})
+
+
+async def pieces(request: HttpRequest) -> Response:
+    """The bytes of tokens."""
+    body = await body_of(request)
+    return JSONResponse({"pieces": _pieces(service_of(request), body.get("ids", []))})
+
+
+async def predict(request: HttpRequest) -> Response:
+    """The distributions after some prompts, or how likely continuations are."""
+    service, body = service_of(request), await body_of(request)
+    runner, prompts, choices = LocalModel(service.model), body.get("prompts", []), body.get("choices")
+    if choices is not None:
+        scored = await unless_gone(request, service.bridge.call(lambda: runner.continuations(prompts, choices)))
+        return JSONResponse({"continuations": [[asdict(each) for each in continuations] for continuations in scored]})
+    temperatures, top = body.get("temperatures", [1.0]), int(body.get("top", 10))
+    found = await unless_gone(request, service.bridge.call(lambda: runner.distributions(prompts, temperatures, top)))
+    shown = {candidate.id for distributions in found for candidate in distributions[0].top}
+    told = [[asdict(each) for each in distributions] for distributions in found]
+    return JSONResponse({"distributions": told, "pieces": _pieces(service, shown)})
 
 
 async def generate(request: HttpRequest) -> Response:
@@ -142,13 +168,14 @@ def _as_line(service: Service, row: int, step: Step) -> dict[str, Any]:
     if step.slid:
         line["slid"] = step.slid
     if step.chosen:
-        line["chosen"] = _choice(service, step.chosen)
-        line["top"] = [_choice(service, choice) for choice in step.top]
+        line["chosen"] = [step.chosen.id, step.chosen.logprob]
+        line["top"] = [[choice.id, choice.logprob] for choice in step.top]
+        line["pieces"] = _pieces(service, [choice.id for choice in (step.chosen, *step.top)])
     return line
 
 
-def _choice(service: Service, choice: Choice) -> list[Any]:
-    return [choice.id, choice.logprob, service.model.tokenizer.decode([choice.id])]
+def _pieces(service: Service, ids: Iterable[int]) -> dict[int, str]:
+    return {id_: service.model.tokenizer.token_bytes(id_).hex() for id_ in ids}
 
 
 def _biases(given: Mapping[str, float]) -> dict[int, float]:
@@ -183,5 +210,7 @@ routes = [
     Route("/gptcli/stop", only_by_socket(stop), methods=["POST"]),
     Route("/gptcli/open", only_by_socket(opened), methods=["POST"]),
     Route("/gptcli/tokens", only_by_socket(tokens), methods=["POST"]),
+    Route("/gptcli/pieces", only_by_socket(pieces), methods=["POST"]),
+    Route("/gptcli/predict", only_by_socket(predict), methods=["POST"]),
     Route("/gptcli/generate", only_by_socket(generate), methods=["POST"]),
 ]

@@ -18,7 +18,7 @@ import torch
 
 from gptcli.cli import main, predict_bars
 from gptcli.core.build import Model, open_model
-from gptcli.core.predict import Candidate, Distribution
+from gptcli.core.distribution import Candidate, Distribution
 from gptcli.text.tokenizer import Tokenizer
 from tests.cli.conftest import Done, Run
 from tests.cli.test_terminal import ESCAPE, Screen, plain

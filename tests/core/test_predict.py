@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 
 from gptcli.core import predict
 from gptcli.core.build import Model, open_model
+from gptcli.core.distribution import normalized
 from gptcli.core.predict import (
     check_continuations,
     distribution,
     next_logits,
     next_logits_batch,
-    normalized,
     probabilities,
     score_continuations,
 )
