@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Any
@@ -76,6 +77,8 @@ def serve(
         if ready_fd is not None:
             return  # another was faster, and serves as well
         raise UsageError(f"{found.name} is served already", "gptcli serve --status tells more, --stop ends it")
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _leave)  # also while the model loads the socket is taken away
     sockets: list[socket.socket] = [claimed.listener]
     try:
         files = fingerprint(found.folder)
@@ -89,15 +92,25 @@ def serve(
 
         limits = {"rows": rows, "waiting": waiting, "prefix_bytes": prefix_memory << 20}
         service = Service(loaded, found.folder, files, __version__, limits)
-        out.note(f"{found.name} is warm at {place.socket}")
-        if address:
-            host, port = sockets[1].getsockname()[:2]
-            out.note(f"OpenAI's API is at http://{f'[{host}]' if ':' in host else host}:{port}/v1")
-        server.run(make_app(service, inner.routes), service, sockets, idle_seconds=60 * idle)
+
+        def ready() -> None:
+            out.note(f"{found.name} is warm at {place.socket}")
+            if address:
+                host, port = sockets[1].getsockname()[:2]
+                out.note(f"OpenAI's API is at http://{f'[{host}]' if ':' in host else host}:{port}/v1")
+
+        app = make_app(service, inner.routes)
+        ended_by = server.run(app, service, sockets, ready=ready, idle_seconds=60 * idle)
+        if ended_by == signal.SIGINT:
+            raise KeyboardInterrupt
     finally:
         for each in sockets[1:]:
             each.close()
         claimed.release()
+
+
+def _leave(number: int, frame: Any) -> None:
+    raise SystemExit(0)
 
 
 def _parse_address(text: str) -> tuple[str, int]:

@@ -13,7 +13,7 @@ import typer
 
 from gptcli import __version__
 from gptcli.cli.out import Output
-from gptcli.errors import CheckError, UnsupportedError
+from gptcli.errors import CheckError, GptcliError, UnsupportedError
 
 if TYPE_CHECKING:
     from gptcli.core.distribution import Continuation, Distribution
@@ -116,9 +116,7 @@ def find_warm(
         return None
     from gptcli.serve.client import Client, GoneError, WarmModel
 
-    started = start and not listens(place)
-    if started:
-        start_process(place, folder, asked, threads)
+    started = start_process(place, folder, asked, threads) if start and not listens(place) else None
     try:
         warm = WarmModel(Client(place), {**asked, "version": __version__})
     except CheckError as other:
@@ -128,6 +126,7 @@ def find_warm(
         raise
     except GoneError as gone:
         if started:
+            started.wait()
             raise _why_it_ended(place, gone) from None
         out.detail(f"{gone.message}: the model is loaded here")
         return None
@@ -145,10 +144,10 @@ def listens(place: Place) -> bool:
     return False
 
 
-def start_process(place: Place, folder: Path, asked: Mapping[str, str], threads: int | None = None) -> None:
+def start_process(place: Place, folder: Path, asked: Mapping[str, str], threads: int | None = None) -> Any:
     """Start ``gptcli serve`` on its own, and return when somebody listens at the place, or it has failed.
 
-    Raises UnsupportedError where what it needs is not installed.
+    Returns the process. Raises UnsupportedError where what it needs is not installed.
     """
     import subprocess
 
@@ -163,7 +162,7 @@ def start_process(place: Place, folder: Path, asked: Mapping[str, str], threads:
     try:
         log = os.open(place.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
-            subprocess.Popen(
+            process = subprocess.Popen(
                 [*command, *options, f"--ready-fd={told}"],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -179,6 +178,7 @@ def start_process(place: Place, folder: Path, asked: Mapping[str, str], threads:
         os.read(ready, 1)
     finally:
         os.close(ready)
+    return process
 
 
 def check_extra() -> None:
@@ -189,7 +189,7 @@ def check_extra() -> None:
         raise UnsupportedError(f"a warm process needs {' and '.join(missing)}", "pip install 'gptcli[serve]'")
 
 
-def _why_it_ended(place: Place, gone: Any) -> Exception:
+def _why_it_ended(place: Place, gone: GptcliError) -> GptcliError:
     """The error that a process told before it ended, from its log."""
     with suppress(OSError):
         said = place.log.read_text(errors="replace").splitlines()
@@ -197,4 +197,4 @@ def _why_it_ended(place: Place, gone: Any) -> Exception:
         hint = next((line.removeprefix("hint: ") for line in said if line.startswith("hint: ")), "")
         if message:
             return type(gone)(f"the warm process could not start: {message}", hint or "use --no-warm")
-    return Exception(gone)
+    return gone

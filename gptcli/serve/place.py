@@ -107,6 +107,8 @@ def claim(place: Place) -> Claim | None:
     except OSError:
         os.close(lock)
         return None
+    os.truncate(lock, 0)
+    os.write(lock, str(os.getpid()).encode())  # for whoever looks
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         with suppress(FileNotFoundError):

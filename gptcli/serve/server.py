@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import signal
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -19,6 +19,15 @@ _GRACE = 3
 
 class _Server(uvicorn.Server):
     """Uvicorn, which leaves signals to us: it would let the one that ended it kill the process before it tidies up."""
+
+    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._ready = ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._ready()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -39,12 +48,24 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def run(app: ASGIApp, service: Service, sockets: Sequence[socket.socket], *, idle_seconds: float = 0.0) -> None:
-    """Serve until the end; with ``idle_seconds`` it comes when nobody has asked for anything for so long."""
-    asyncio.run(_serve(app, service, sockets, idle_seconds))
+def run(
+    app: ASGIApp,
+    service: Service,
+    sockets: Sequence[socket.socket],
+    *,
+    ready: Callable[[], None],
+    idle_seconds: float = 0.0,
+) -> int | None:
+    """Serve until the end; with ``idle_seconds`` it comes when nobody has asked for anything for so long.
+
+    ``ready`` is called when the first request can be answered. Returns the signal that ended it, or None.
+    """
+    return asyncio.run(_serve(app, service, sockets, ready, idle_seconds))
 
 
-async def _serve(app: ASGIApp, service: Service, sockets: Sequence[socket.socket], idle_seconds: float) -> None:
+async def _serve(
+    app: ASGIApp, service: Service, sockets: Sequence[socket.socket], ready: Callable[[], None], idle_seconds: float
+) -> int | None:
     config = uvicorn.Config(
         app,
         log_level="error",
@@ -55,21 +76,25 @@ async def _serve(app: ASGIApp, service: Service, sockets: Sequence[socket.socket
         date_header=False,
         timeout_graceful_shutdown=_GRACE,
     )
-    server = _Server(config)
+    server = _Server(config, ready)
+    ended_by: list[int] = []
 
-    def stop() -> None:
+    def stop(number: int | None = None) -> None:
         server.should_exit = True
+        if number is not None:
+            ended_by.append(number)
 
     service.stop = stop
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        loop.add_signal_handler(number, stop)
+        loop.add_signal_handler(number, stop, number)
     watch = asyncio.create_task(_stop_when_idle(service, idle_seconds)) if idle_seconds else None
     try:
         await server.serve(sockets=list(sockets))
     finally:
         if watch:
             watch.cancel()
+    return ended_by[0] if ended_by else None
 
 
 async def _stop_when_idle(service: Service, seconds: float) -> None:
