@@ -126,7 +126,7 @@ def find_warm(
         raise
     except GoneError as gone:
         if started:
-            started.wait()
+            _wait(started)
             raise _why_it_ended(place, gone) from None
         out.detail(f"{gone.message}: the model is loaded here")
         return None
@@ -187,6 +187,14 @@ def check_extra() -> None:
 
     if missing := [name for name in ("starlette", "uvicorn") if find_spec(name) is None]:
         raise UnsupportedError(f"a warm process needs {' and '.join(missing)}", "pip install 'gptcli[serve]'")
+
+
+def _wait(process: Any) -> None:
+    """Until a process that has let go of us has said why."""
+    import subprocess
+
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(10)
 
 
 def _why_it_ended(place: Place, gone: GptcliError) -> GptcliError:
