@@ -139,6 +139,12 @@ class KVCache:
             self.lengths[row] = held
         self.lengths.pop()
 
+    def fork(self, source: int, target: int) -> None:
+        """Let one row hold what another holds, in its own place."""
+        held = self.lengths[target] = self.lengths[source]
+        for tensor in (*self.keys, *self.values):
+            tensor[target, :, :held] = tensor[source, :, :held]
+
     def copy(self, row: int, length: int, capacity: int) -> KVCache:
         """The first ``length`` tokens of one row, in a cache of their own with room for ``capacity``."""
         other = object.__new__(KVCache)
