@@ -20,7 +20,7 @@ from torch import Tensor
 from gptcli.core.build import Model
 from gptcli.core.cache import KVCache
 from gptcli.text.cut import whole_characters
-from gptcli.text.ends import Kind, end_of, ending_kinds, kind_of, parting_kinds
+from gptcli.text.ends import Kind, end_of, ending_kinds, parting_kinds
 
 # Tokens before which a word likelier ends than not: only there a text is cut that has not come to its end.
 _LIKELY = 0.5
@@ -107,7 +107,6 @@ class Beams:
         self._wanted, self._most_rows, self._most_tokens = wanted, rows, max_tokens
         self._until, self._min_logprob, self._all_cuts = until, min_logprob, all_cuts
         self._kinds = token_kinds(model)  # [V]
-        self._by_kind = torch.nn.functional.one_hot(self._kinds, len(Kind)).float()  # [V, kinds]
         self._reached = [] if given else [0.0]  # log-probabilities of the ways to make ``given``
         self._ended: dict[str, _Ways] = {}
         self._cut: dict[str, _Ways] = {}
@@ -117,27 +116,20 @@ class Beams:
 
         Their ``parent`` says from which row. None go on where there is nothing more to be found.
         """
-        logprobs = logits.float().log_softmax(-1)
-        chances = (logprobs.exp() @ self._by_kind).tolist()  # [B, kinds]
-        kinds = [_ending(row, self._until) for row in self.rows]
-        allowed = torch.tensor(
-            [_allowed(row, each, self._most_tokens) for row, each in zip(self.rows, kinds, strict=True)]
-        )
-        masked = logprobs.masked_fill(~allowed.to(logprobs.device)[:, self._kinds], -math.inf)
-        for place, row in enumerate(self.rows):
-            if len(row.data) < len(self._given):
-                self._constrain(row, logprobs[place], masked[place])
-        best = masked.topk(min(self._most_rows + 1, masked.shape[-1]))
+        wide = logits.float().cpu()
         follow = []
         for place, row in enumerate(self.rows):
-            pairs = zip(best.values[place].tolist(), best.indices[place].tolist(), strict=True)
-            likeliest = sorted((-value, id_) for value, id_ in pairs if value > -math.inf)
-            end = _log(sum(chances[place][kind] for kind in kinds[place]))
+            # Row by row: in pieces that small no operator waits for a second thread.
+            logprobs = wide[place].log_softmax(-1)
+            kinds = _ending(row, self._until)
+            chances = torch.bincount(self._kinds, logprobs.exp(), minlength=len(Kind)).tolist()
+            end = _log(sum(chances[kind] for kind in kinds))
+            likeliest = self._likeliest(row, logprobs, kinds)
             if row.text:
                 first = not likeliest or end >= -likeliest[0][0]  # the end is one more thing that may follow
                 rank = row.rank if first else row.logprob + end
                 self._add(row.ids, Text(row.text, row.logprob + end, rank, True))
-                self._note_cut(row, chances[place])
+                self._note_cut(row, chances)
             follow += self._children(place, likeliest, end)
         self._choose(follow)
         return self.rows
@@ -169,18 +161,31 @@ class Beams:
             if self._all_cuts:
                 self._add(*row.cut)
 
-    def _constrain(self, row: Hypothesis, logprobs: Tensor, masked: Tensor) -> None:
-        """Allow, in ``masked`` ``[V]``, the tokens that go on with what is left of ``given``."""
+    def _likeliest(self, row: Hypothesis, logprobs: Tensor, ending: Collection[Kind]) -> list[tuple[float, int]]:
+        """The tokens ``[V]`` that may follow a row, as (negative log-probability, id), the likeliest first."""
+        if len(row.data) < len(self._given):
+            ids = self._constrained(row, logprobs)
+            logprobs = logprobs[ids]
+        else:
+            ids = None
+            allowed = torch.tensor(_allowed(row, ending, self._most_tokens))
+            logprobs = logprobs.masked_fill(~allowed[self._kinds], -math.inf)
+        best = logprobs.topk(min(self._most_rows + 1, len(logprobs)))
+        places = best.indices if ids is None else ids[best.indices]
+        pairs = zip(best.values.tolist(), places.tolist(), strict=True)
+        return sorted((-value, id_) for value, id_ in pairs if value > -math.inf)
+
+    def _constrained(self, row: Hypothesis, logprobs: Tensor) -> Tensor:
+        """The tokens that go on with what is left of ``given``: begin with it, or it with them."""
         rest = self._given[len(row.data) :]
-        spelling, size = self._tokenizer.spelling, len(masked)
+        spelling, size = self._tokenizer.spelling, len(logprobs)
         extending, within = (
-            torch.tensor([id_ for id_ in ids if id_ < size], dtype=torch.long, device=masked.device)
+            torch.tensor([id_ for id_ in ids if id_ < size], dtype=torch.long)
             for ids in (spelling.extending(rest), spelling.within(rest))
         )
-        for index in (extending, within):
-            masked[index] = logprobs[index]
         if len(extending):
             self._reached.append(row.logprob + logprobs[extending].double().logsumexp(0).item())
+        return torch.cat([extending, within])
 
     def _children(self, place: int, likeliest: Sequence[tuple[float, int]], end: float) -> list[Hypothesis]:
         """What a row's likeliest tokens (negative log-probability, id) make of it and is not at its end."""
@@ -247,11 +252,11 @@ def _ending(row: Hypothesis, until: str) -> Collection[Kind]:
 
 
 def _allowed(row: Hypothesis, ending: Collection[Kind], most_tokens: int) -> list[bool]:
-    """For each kind whether its tokens may follow a row; what it is constrained to comes later."""
+    """For each kind whether its tokens may follow a row."""
     if row.made >= most_tokens:
         return [False] * len(Kind)
     if row.text is None:  # only the rest of a character makes it whole
-        return [kind == Kind.INSIDE and row.made > 0 for kind in Kind]
+        return [kind == Kind.INSIDE for kind in Kind]
     return [kind not in (Kind.NOTHING, Kind.INSIDE) and kind not in ending for kind in Kind]
 
 
@@ -260,9 +265,6 @@ def rearrange(cache: KVCache, parents: Sequence[int]) -> list[int]:
 
     Rows are moved only where they must be: most go on where they are.
     """
-    if len(parents) > len(cache.lengths):
-        cache.select(parents)
-        return list(range(len(parents)))
     places: list[int | None] = [None] * len(cache.lengths)
     waiting = []
     for number, parent in enumerate(parents):
@@ -271,6 +273,8 @@ def rearrange(cache: KVCache, parents: Sequence[int]) -> list[int]:
         else:
             waiting.append(number)
     for number in waiting:
+        if None not in places:
+            places.append(None)
         free = places.index(None)
         cache.fork(parents[number], free)
         places[free] = number
@@ -284,14 +288,10 @@ def rearrange(cache: KVCache, parents: Sequence[int]) -> list[int]:
 
 def token_kinds(model: Model) -> Tensor:
     """The ``Kind`` of every token, ``[V]``; those of an end of text are ``END``, and those without text ``NOTHING``."""
-    spelling = model.tokenizer.spelling
-    kinds = bytearray(model.config.vocab_size)
-    for data, id_ in zip(spelling.data, spelling.ids, strict=True):
-        if id_ < len(kinds):
-            kinds[id_] = kind_of(data)
+    kinds = bytearray(model.tokenizer.spelling.kinds[: model.config.vocab_size].ljust(model.config.vocab_size, b"\0"))
     for id_ in model.config.eos_ids:
         kinds[id_] = Kind.END
-    return torch.frombuffer(kinds, dtype=torch.uint8).long().to(model.device)
+    return torch.frombuffer(kinds, dtype=torch.uint8).long()
 
 
 def _log(chance: float) -> float:

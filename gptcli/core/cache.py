@@ -140,7 +140,9 @@ class KVCache:
         self.lengths.pop()
 
     def fork(self, source: int, target: int) -> None:
-        """Let one row hold what another holds, in its own place."""
+        """Let a row hold what another holds, too; it may be one behind those that are there, if it has a place."""
+        if target == len(self.lengths):
+            self.lengths.append(0)
         held = self.lengths[target] = self.lengths[source]
         for tensor in (*self.keys, *self.values):
             tensor[target, :, :held] = tensor[source, :, :held]

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,6 +59,12 @@ class Completions:
     known: int = 0
     truncated: bool = False
     late: bool = False
+
+    def plain(self, model: Model) -> dict[str, Any]:
+        """As JSON has it, with the model that it is of."""
+        completions = [{"text": each.text, "probability": each.probability} for each in self.completions]
+        counts = {"tokens": self.tokens, "known": self.known, "truncated": self.truncated, "late": self.late}
+        return {"model": model.name, "completions": completions, **counts, **model.used}
 
 
 @torch.inference_mode()
@@ -127,10 +134,12 @@ def complete(
         all_cuts=bool(suffix),
     )
     root = reader.cache.copy(0, len(kept), len(kept)) if suffix else reader.cache
+    timer.other_steps()
     search = timer.part(1 - _SUFFIX_SHARE) if suffix else timer
     late = _search(beams, reader, logits, search)
     texts = beams.texts()
     if suffix:
+        timer.other_steps()
         ranking = _Ranking(model, reader.forward, root, logits[0], given.decode())
         chosen, in_time = ranking.best(texts, suffix, num, timer)
         late = late or not in_time
@@ -164,18 +173,22 @@ class _Timer:
     def __init__(self, clock: Callable[[], float], seconds: float | None) -> None:
         self.clock, self.seconds = clock, seconds
         self.start = self.last = clock()
-        self.step = 0.0
+        self.step, self.fresh = 0.0, True  # until the first of them was taken
 
     def part(self, share: float) -> _Timer:
         """The same time with an earlier end."""
         part = _Timer(self.clock, None if self.seconds is None else self.seconds * share)
-        part.start, part.last, part.step = self.start, self.last, self.step
+        part.start = self.start
         return part
+
+    def other_steps(self) -> None:
+        """Steps of another kind follow: how long the last one took says nothing about them."""
+        self.fresh = True
 
     def enough(self) -> bool:
         """Called between steps: whether another one would be in time, if it takes as long as the last."""
         now = self.clock()
-        self.step, self.last = now - self.last, now
+        self.step, self.last, self.fresh = 0.0 if self.fresh else now - self.last, now, False
         return self.seconds is None or now + self.step <= self.start + self.seconds
 
 
@@ -229,9 +242,14 @@ class _Reader:
         self.steps, self.most_rows = (_MANY if prefixes else room), rows
         self.forward, dtype = model.stepping.prefill(prompt=len(ids), tokens=self.steps, rows=rows)
         capacity = min(len(ids) + room, model.config.context)
-        cache, self.logits = prefixes.find(ids, capacity) if prefixes else (None, None)
-        self.known = cache.lengths[0] if cache else 0
-        self.cache = cache or KVCache(model.config, 1, capacity, device=model.device, dtype=dtype)
+        # With places for the rows to come.
+        self.cache = KVCache(model.config, rows, capacity, device=model.device, dtype=dtype)
+        self.cache.set_lengths([0])
+        found, self.logits = prefixes.find(ids, len(ids)) if prefixes else (None, None)
+        if found:
+            self.cache.set_lengths([])
+            self.cache.join(found)
+        self.known = self.cache.lengths[0]
 
     def read(self, timer: _Timer) -> Tensor | None:
         """The logits ``[1, V]`` of the next token; None where the time was up before."""

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
+from functools import cached_property
+
+from gptcli.text.ends import Kind, kind_of
 
 
 class Spelling:
@@ -14,6 +17,14 @@ class Spelling:
         self.data: Sequence[bytes] = sorted(tokens)
         self.ids: Sequence[int] = [tokens[data] for data in self.data]
         self.longest = max(map(len, self.data), default=0)
+
+    @cached_property
+    def kinds(self) -> bytes:
+        """The ``Kind`` of each token by its id, up to the largest; NOTHING for an id that is not here."""
+        kinds = bytearray([Kind.NOTHING]) * (1 + max(self.ids, default=-1))
+        for data, id_ in zip(self.data, self.ids, strict=True):
+            kinds[id_] = kind_of(data)
+        return bytes(kinds)
 
     def extending(self, start: bytes) -> Sequence[int]:
         """The ids of the tokens that begin with ``start``, it alone included."""
