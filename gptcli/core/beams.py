@@ -119,10 +119,10 @@ class Beams:
         wide = logits.float().cpu()
         follow = []
         for place, row in enumerate(self.rows):
-            # Row by row: in pieces that small no operator waits for a second thread.
+            # Row by row, and by operators that in pieces so small never wait for a second thread.
             logprobs = wide[place].log_softmax(-1)
             kinds = _ending(row, self._until)
-            chances = torch.bincount(self._kinds, logprobs.exp(), minlength=len(Kind)).tolist()
+            chances = torch.bincount(self._kinds, wide[place].softmax(-1), minlength=len(Kind)).tolist()
             end = _log(sum(chances[kind] for kind in kinds))
             likeliest = self._likeliest(row, logprobs, kinds)
             if row.text:
@@ -168,8 +168,8 @@ class Beams:
             logprobs = logprobs[ids]
         else:
             ids = None
-            allowed = torch.tensor(_allowed(row, ending, self._most_tokens))
-            logprobs = logprobs.masked_fill(~allowed[self._kinds], -math.inf)
+            barred = torch.tensor(_barred(row, ending, self._most_tokens))
+            logprobs = logprobs.masked_fill(barred.index_select(0, self._kinds), -math.inf)
         best = logprobs.topk(min(self._most_rows + 1, len(logprobs)))
         places = best.indices if ids is None else ids[best.indices]
         pairs = zip(best.values.tolist(), places.tolist(), strict=True)
@@ -251,13 +251,13 @@ def _ending(row: Hypothesis, until: str) -> Collection[Kind]:
     return () if row.text is None else ending_kinds(row.text, until)
 
 
-def _allowed(row: Hypothesis, ending: Collection[Kind], most_tokens: int) -> list[bool]:
-    """For each kind whether its tokens may follow a row."""
+def _barred(row: Hypothesis, ending: Collection[Kind], most_tokens: int) -> list[bool]:
+    """For each kind whether its tokens may not follow a row."""
     if row.made >= most_tokens:
-        return [False] * len(Kind)
+        return [True] * len(Kind)
     if row.text is None:  # only the rest of a character makes it whole
-        return [kind == Kind.INSIDE for kind in Kind]
-    return [kind not in (Kind.NOTHING, Kind.INSIDE) and kind not in ending for kind in Kind]
+        return [kind != Kind.INSIDE for kind in Kind]
+    return [kind in (Kind.NOTHING, Kind.INSIDE) or kind in ending for kind in Kind]
 
 
 def rearrange(cache: KVCache, parents: Sequence[int]) -> list[int]:

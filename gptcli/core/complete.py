@@ -119,7 +119,10 @@ def complete(
     _check(model, num, max_tokens, until, min_prob, deadline_seconds)
     timer = _Timer(clock, deadline_seconds)
     kept, given, truncated = _prompt(model, prefix, max_tokens, special)
-    reader = _Reader(model, prefixes, kept, room=max_tokens + len(given), rows=_ROWS * num)
+    room = max_tokens + len(given)
+    # Whoever remembers prefixes lives long; whoever is in a hurry prepares nothing.
+    steps = _MANY if prefixes else room if deadline_seconds is None else 1
+    reader = _Reader(model, prefixes, kept, room=room, steps=steps, rows=_ROWS * num)
     logits = reader.read(timer)
     if logits is None:
         return Completions((), len(kept), reader.known, truncated, late=True)
@@ -173,7 +176,7 @@ class _Timer:
     def __init__(self, clock: Callable[[], float], seconds: float | None) -> None:
         self.clock, self.seconds = clock, seconds
         self.start = self.last = clock()
-        self.step, self.fresh = 0.0, True  # until the first of them was taken
+        self.fresh = True  # no step was taken yet that would tell how long the next one takes
 
     def part(self, share: float) -> _Timer:
         """The same time with an earlier end."""
@@ -188,8 +191,9 @@ class _Timer:
     def enough(self) -> bool:
         """Called between steps: whether another one would be in time, if it takes as long as the last."""
         now = self.clock()
-        self.step, self.last, self.fresh = 0.0 if self.fresh else now - self.last, now, False
-        return self.seconds is None or now + self.step <= self.start + self.seconds
+        step = 0.0 if self.fresh else now - self.last
+        self.last, self.fresh = now, False
+        return self.seconds is None or now + step <= self.start + self.seconds
 
 
 def _prompt(model: Model, prefix: str, max_tokens: int, special: bool) -> tuple[list[int], bytes, bool]:
@@ -198,6 +202,8 @@ def _prompt(model: Model, prefix: str, max_tokens: int, special: bool) -> tuple[
     first = _window(len(prefix), most * _BYTES)
     ids = model.tokenizer.encode(prefix[first:], special=special)
     back = heal(model.tokenizer, ids)
+    if model.tokenizer.start_id is None and model.config.bos_id is None:
+        back = min(back, max(0, len(ids) - 1))  # there is nothing else to go on from
     given = model.tokenizer.decode_bytes(ids[len(ids) - back :])
     ids = ids[: len(ids) - back]
     if model.tokenizer.start_id is not None or not ids:
@@ -236,11 +242,12 @@ def heal(tokenizer: Tokenizer, ids: Sequence[int]) -> int:
 class _Reader:
     """Goes through a prompt: what is known of it, then the rest in pieces; keeps what it learned."""
 
-    def __init__(self, model: Model, prefixes: Prefixes | None, ids: Sequence[int], *, room: int, rows: int) -> None:
+    def __init__(
+        self, model: Model, prefixes: Prefixes | None, ids: Sequence[int], *, room: int, steps: int, rows: int
+    ) -> None:
         self.model, self.prefixes, self.ids = model, prefixes, ids
-        # Whoever remembers prefixes lives long.
-        self.steps, self.most_rows = (_MANY if prefixes else room), rows
-        self.forward, dtype = model.stepping.prefill(prompt=len(ids), tokens=self.steps, rows=rows)
+        self.steps, self.most_rows = steps, rows
+        self.forward, dtype = model.stepping.prefill(prompt=len(ids), tokens=steps, rows=rows)
         capacity = min(len(ids) + room, model.config.context)
         # With places for the rows to come.
         self.cache = KVCache(model.config, rows, capacity, device=model.device, dtype=dtype)

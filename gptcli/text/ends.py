@@ -42,11 +42,12 @@ _LINE_ENDS = "\r\n"
 _APOSTROPHES = "'\u2019"
 _STOPS = ".!?\u2026\u3002\uff01\uff1f"
 _CLOSERS = "'\"\u201d\u2019\u00bb)]\u300d\u300f\uff09"
+_AFTER = re.escape(_STOPS + _CLOSERS)
 # A full stop and what closes behind it, if white space follows, but not of a common title; the full stops of Chinese
-# and Japanese, which nothing has to follow; or a blank line.
+# and Japanese, which anything may follow; or a blank line.
 _SENTENCE = re.compile(
-    r"(?<!\bMr)(?<!\bMrs)(?<!\bMs)(?<!\bDr)(?<!\bSt)[.!?\u2026]+['\"\u201d\u2019\u00bb)\]]*(?=\s)"
-    r"|[\u3002\uff01\uff1f]+['\"\u201d\u2019\u300d\u300f\uff09]*(?=[^'\"\u201d\u2019\u300d\u300f\uff09\u3002\uff01\uff1f])"
+    rf"(?<!\bMr)(?<!\bMrs)(?<!\bMs)(?<!\bDr)(?<!\bSt)[.!?\u2026][{_AFTER}]*(?=\s)"
+    rf"|[\u3002\uff01\uff1f][{_AFTER}]*(?=[^{_AFTER}])"
     r"|(?<=\S)(?=[^\S\n]*\n[^\S\n]*\n)"
 )
 
