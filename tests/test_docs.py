@@ -106,6 +106,11 @@ def test_trace_fields(gptcli: Gptcli, tiny_folder: Path) -> None:
         assert f"`{kind}`" in part or f"`.{kind.rpartition('.')[2]}`" in part, kind
 
 
+def test_complete_fields(gptcli: Gptcli, tiny_folder: Path) -> None:
+    (told,) = objects(gptcli("complete", "a", "-m", str(tiny_folder), "--json").stdout)
+    assert documented("complete") == set(told)
+
+
 def test_tokenize_fields(gptcli: Gptcli, tiny_folder: Path) -> None:
     common = ("tokenize", "--json", "-m", str(tiny_folder))
     runs = [("a b",), ("a b", "--count"), ("a b", "--truncate", "1"), ("a b", "--split", "1"), ("65", "--decode")]

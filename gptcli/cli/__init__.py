@@ -28,6 +28,7 @@ class Entry(NamedTuple):
 COMMANDS: dict[str, Entry] = {
     "generate": Entry("Continue a text, streaming.", "gptcli.cli.generate:generate"),
     "predict": Entry("Show what may come next, as bars.", "gptcli.cli.predict:predict"),
+    "complete": Entry("Suggest short continuations for a cursor.", "gptcli.cli.complete:complete"),
     "score": Entry("Show how surprising each token of a text is.", "gptcli.cli.score:score"),
     "embed": Entry("Turn texts into vectors, or explore the embedding table.", "gptcli.cli.embed:embed"),
     "trace": Entry("Follow one prediction through the model.", "gptcli.cli.trace:trace"),

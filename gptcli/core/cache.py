@@ -139,6 +139,14 @@ class KVCache:
             self.lengths[row] = held
         self.lengths.pop()
 
+    def fork(self, source: int, target: int) -> None:
+        """Let a row hold what another holds, too; it may be one behind those that are there, if it has a place."""
+        if target == len(self.lengths):
+            self.lengths.append(0)
+        held = self.lengths[target] = self.lengths[source]
+        for tensor in (*self.keys, *self.values):
+            tensor[target, :, :held] = tensor[source, :, :held]
+
     def copy(self, row: int, length: int, capacity: int) -> KVCache:
         """The first ``length`` tokens of one row, in a cache of their own with room for ``capacity``."""
         other = object.__new__(KVCache)

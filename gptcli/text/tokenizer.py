@@ -13,11 +13,13 @@ import threading
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptcli.errors import CorruptError, NotFoundError
 from gptcli.text.bulk import in_order
+from gptcli.text.spelling import Spelling
 from gptcli.text.vocabulary import Vocabulary, read_vocabulary
 
 if TYPE_CHECKING:
@@ -246,6 +248,14 @@ class Tokenizer:
             return self._encoding.decode_single_token_bytes(rank)
         except (KeyError, OverflowError):
             return self._unmerged.get(id_, b"")
+
+    @cached_property
+    def spelling(self) -> Spelling:
+        """All tokens that are text by their bytes, special ones left out; built when it is first asked for."""
+        ranks = self._encoding._mergeable_ranks
+        tokens = ranks if self._ids is None else {data: self._ids[rank] for data, rank in ranks.items()}
+        unmerged = {data: id_ for id_, data in self._unmerged.items() if data}
+        return Spelling({**unmerged, **tokens})
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes of the tokens, joined."""

@@ -1,0 +1,116 @@
+"""``gptcli complete``: a few short continuations of a text, for whoever has a cursor at its end."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Annotated, Any
+
+import typer
+
+from gptcli.cli import options
+from gptcli.cli.input import ERRORS, one_text, sources
+from gptcli.cli.out import Output, harmless
+from gptcli.errors import UsageError
+
+UNTIL = ("line", "word", "sentence")
+_DEADLINE = re.compile(r"([0-9]+\.?[0-9]*|\.[0-9]+)\s*(ms|s)?")
+
+
+def complete(
+    ctx: typer.Context,
+    prefix: Annotated[
+        str | None, typer.Argument(metavar="PREFIX", help="What stands before the cursor; - for stdin.")
+    ] = None,
+    model: options.Model = None,
+    suffix: Annotated[
+        str, typer.Option("--suffix", metavar="TEXT", help="What stands behind the cursor: it should follow well.")
+    ] = "",
+    num: Annotated[int, typer.Option("--num", metavar="N", help="How many to suggest, at most.")] = 3,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", metavar="N", help="Tokens of each, at most.")] = 16,
+    until: Annotated[
+        str, typer.Option("--until", metavar="line|word|sentence", help="Where each ends, if not before.")
+    ] = "line",
+    min_prob: Annotated[
+        float, typer.Option("--min-prob", metavar="P", help="Show only what is at least so likely, be it nothing.")
+    ] = 0.0,
+    deadline: Annotated[
+        str | None, typer.Option("--deadline", metavar="TIME", help="Answer with what is there by then: 150ms, 0.2s.")
+    ] = None,
+    file: options.Files = None,
+    no_stdin: options.NoStdin = False,
+    strip: options.Strip = False,
+    errors: options.Errors = "strict",
+    special: options.Special = "text",
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    quantize: options.Quantize = "none",
+    threads: options.Threads = None,
+    offline: options.Offline = False,
+) -> None:
+    """Suggest short continuations for a cursor.
+
+    The text before the cursor is PREFIX, a pipe, a file, or a pipe and then PREFIX. In a pipe: one suggestion a line,
+    the best first. Nothing likely enough is no output, and no error.
+    """
+    out: Output = ctx.obj
+    options.choice("--errors", errors, ERRORS)
+    options.choice("--special", special, ("text", "parse"))
+    options.choice("--quantize", quantize, options.QUANTIZE)
+    options.choice("--until", until, UNTIL)
+    for name, value in (("--num", num), ("--max-tokens", max_tokens)):
+        if value < 1:
+            raise UsageError(f"{name} {value} is out of range", "it should be 1 or more")
+    if not 0 <= min_prob <= 1:
+        raise UsageError(f"--min-prob {min_prob:g} is out of range", "it should be from 0 to 1")
+    asked: dict[str, Any] = {
+        "suffix": suffix,
+        "num": num,
+        "max_tokens": max_tokens,
+        "until": until,
+        "min_prob": min_prob,
+        "deadline_seconds": None if deadline is None else _seconds(deadline),
+        "special": special == "parse",
+    }
+    text = one_text(sources([] if prefix is None else [prefix], file or [], no_stdin=no_stdin, strip=strip), errors)
+
+    from gptcli.cli.opening import open_for_inference
+
+    loaded = open_for_inference(model, out, device=device, dtype=dtype, quantize=quantize, threads=threads)
+
+    from gptcli.core import complete as core
+
+    _show(out, core.complete(loaded, text, **asked).plain(loaded))
+
+
+def _seconds(word: str) -> float:
+    """A time as it is written: ``150ms``, ``0.2s``, or seconds."""
+    found = _DEADLINE.fullmatch(word.strip())
+    seconds = float(found[1]) / (1000 if found[2] == "ms" else 1) if found else math.nan
+    if not 0 < seconds < math.inf:
+        raise UsageError(f"--deadline {word!r} is not a time", "for instance 150ms, 0.2s, or 0.2")
+    return seconds
+
+
+def _show(out: Output, result: dict[str, Any]) -> None:
+    """Show what was found, wherever it was computed."""
+    if out.json:
+        out.record(result)
+        return
+    if result["truncated"]:
+        out.detail(f"of the prefix the last {result['tokens']:,} tokens were read")
+    if result["late"]:
+        out.detail("the deadline broke the search off")
+    for number, each in enumerate(result["completions"], 1):
+        text = each["text"].replace("\r", "\\r").replace("\n", "\\n")
+        if out.on_terminal:
+            before = out.style(f"{number}  {_percent(each['probability'])}  ", "dim")
+            out.data(before + harmless(text))
+        else:
+            out.text(text + "\n", flush=False)
+
+
+def _percent(probability: float) -> str:
+    """In six places, so that columns stand."""
+    shown = f"{100 * probability:.1f}"
+    return f"{'<0.1' if shown == '0.0' else shown:>5}%"
