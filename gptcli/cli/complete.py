@@ -11,8 +11,11 @@ import typer
 from gptcli.cli import options
 from gptcli.cli.input import ERRORS, one_text, sources
 from gptcli.cli.out import Output, harmless
-from gptcli.errors import UsageError
+from gptcli.cli.warm import Warm, open_runner
+from gptcli.errors import GptcliError, UsageError
 
+# Seconds beyond the deadline that a warm process has for its answer to arrive.
+_PATIENCE = 0.1
 UNTIL = ("line", "word", "sentence")
 _DEADLINE = re.compile(r"([0-9]+\.?[0-9]*|\.[0-9]+)\s*(ms|s)?")
 
@@ -47,6 +50,7 @@ def complete(
     quantize: options.Quantize = "none",
     threads: options.Threads = None,
     offline: options.Offline = False,
+    warm: Warm = None,
 ) -> None:
     """Suggest short continuations for a cursor.
 
@@ -74,13 +78,19 @@ def complete(
     }
     text = one_text(sources([] if prefix is None else [prefix], file or [], no_stdin=no_stdin, strip=strip), errors)
 
-    from gptcli.cli.opening import open_for_inference
-
-    loaded = open_for_inference(model, out, device=device, dtype=dtype, quantize=quantize, threads=threads)
-
-    from gptcli.core import complete as core
-
-    _show(out, core.complete(loaded, text, **asked).plain(loaded))
+    # A warm process that is busy, or still loading, is no reason to be late.
+    seconds = asked["deadline_seconds"]
+    patience = None if seconds is None else seconds + _PATIENCE
+    how: dict[str, Any] = {"device": device, "dtype": dtype, "quantize": quantize, "threads": threads}
+    try:
+        runner = open_runner(model, out, warm=warm, timeout=patience, **how)
+        found = runner.complete(text, **asked)
+    except GptcliError as error:
+        if patience is None or error.type != "late":
+            raise
+        out.detail(error.message)
+        found = {"model": model, "completions": [], "tokens": 0, "known": 0, "truncated": False, "late": True}
+    _show(out, found)
 
 
 def _seconds(word: str) -> float:

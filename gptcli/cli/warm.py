@@ -61,6 +61,8 @@ class Runner(Protocol):
         self, prompts: Sequence[Sequence[int]], choices: Sequence[Sequence[int]]
     ) -> list[list[Continuation]]: ...
 
+    def complete(self, prefix: str, **asked: Any) -> dict[str, Any]: ...
+
     def generate(
         self,
         requests: Sequence[Request],
@@ -81,15 +83,17 @@ def open_runner(
     dtype: str = "auto",
     quantize: str = "none",
     threads: int | None = None,
+    timeout: float | None = None,
 ) -> Runner:
     """A model for a command: the warm one if it is just what would be loaded, else loaded now.
 
     With ``warm`` true a process is started where none serves the model; with false none is looked for. ``threads``
-    are this process's, so whoever asks for some is not served by another, unless by one that is started.
+    are this process's, so whoever asks for some is not served by another, unless by one that is started. Of a warm
+    one each answer may take ``timeout`` seconds; else it is a LateError.
     """
     asked = {"device": device, "dtype": dtype, "quantize": quantize}
     if warm or (warm is None and threads is None):
-        found = find_warm(name, out, asked, start=bool(warm), threads=threads)
+        found = find_warm(name, out, asked, start=bool(warm), threads=threads, timeout=timeout)
         if found is not None:
             return found
     from gptcli.cli.opening import open_for_inference
@@ -101,7 +105,13 @@ def open_runner(
 
 
 def find_warm(
-    name: str | None, out: Output, asked: Mapping[str, str], *, start: bool = False, threads: int | None = None
+    name: str | None,
+    out: Output,
+    asked: Mapping[str, str],
+    *,
+    start: bool = False,
+    threads: int | None = None,
+    timeout: float | None = None,
 ) -> WarmModel | None:
     """The warm process of a model, if it is there and has it as ``asked``; with ``start`` it is started if not.
 
@@ -114,15 +124,17 @@ def find_warm(
     place = Place.of(runtime_folder(), folder)
     if not start and not place.socket.exists():
         return None
-    from gptcli.serve.client import Client, GoneError, WarmModel
+    from gptcli.serve.client import Client, GoneError, LateError, WarmModel
 
     started = start_process(place, folder, asked, threads) if start and not listens(place) else None
     try:
-        warm = WarmModel(Client(place), {**asked, "version": __version__})
+        warm = WarmModel(Client(place, timeout), {**asked, "version": __version__})
     except CheckError as other:
         if not start:
             out.detail(f"{other.message}: the model is loaded here")
             return None
+        raise
+    except LateError:
         raise
     except GoneError as gone:
         if started:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from gptcli.core.build import Model
 from gptcli.core.distribution import Continuation, Distribution
@@ -53,6 +54,12 @@ class LocalModel:
     def token_text(self, id_: int) -> str:
         """The text of a token."""
         return self.model.tokenizer.decode([id_])
+
+    def complete(self, prefix: str, **asked: Any) -> dict[str, Any]:
+        """``core.complete.complete``, in plain values."""
+        from gptcli.core.complete import complete
+
+        return complete(self.model, prefix, **asked).plain(self.model)
 
     def generate(
         self,

@@ -69,7 +69,7 @@ def make_app(service: Service, routes: Sequence[BaseRoute]) -> ASGIApp:
             bridge, service._bridge = service._bridge, None
             bridge.close()
 
-    app = Starlette(routes=routes, lifespan=lifespan, exception_handlers={GptcliError: _answer_error})
+    app = Starlette(routes=routes, lifespan=lifespan, exception_handlers=_HANDLERS)
     app.state.service = service
     return _Counting(app, service)
 
@@ -130,6 +130,14 @@ async def _answer_error(request: Request, error: Exception) -> Response:
     """As the command line has it with ``--json``; the routes of the OpenAI API answer theirs themselves."""
     assert isinstance(error, GptcliError)
     return JSONResponse(error_object(error), status_of(error))
+
+
+async def _answer_fault(request: Request, error: Exception) -> Response:
+    """What should not happen; the log has the traceback."""
+    return JSONResponse(error_object(GptcliError(f"a fault of gptcli: {type(error).__name__}: {error}")), 500)
+
+
+_HANDLERS: dict[Any, Any] = {GptcliError: _answer_error, Exception: _answer_fault}
 
 
 def error_object(error: GptcliError) -> dict[str, Any]:

@@ -24,6 +24,10 @@ class GoneError(NotFoundError):
     """The warm process does not answer, or has ended in the middle of an answer."""
 
 
+class LateError(GoneError):
+    """The warm process did not answer in time."""
+
+
 class _Connection(http.client.HTTPConnection):
     """HTTP over a Unix socket."""
 
@@ -99,6 +103,8 @@ class Client:
 def _or_gone(ask: Any) -> Any:
     try:
         return ask()
+    except TimeoutError:
+        raise LateError("the warm process did not answer in time", "give it more, or use --no-warm") from None
     except (OSError, http.client.HTTPException) as error:
         what = type(error).__name__ if not str(error) else str(error)
         raise GoneError(f"the warm process does not answer: {what}", "run it again, or with --no-warm") from None
@@ -191,6 +197,10 @@ class WarmModel:
             [Continuation(tuple(each["ids"]), tuple(each["logprobs"])) for each in continuations]
             for continuations in told["continuations"]
         ]
+
+    def complete(self, prefix: str, **asked: Any) -> dict[str, Any]:
+        """As ``core.complete.complete``, and as plain as ``Completions.plain`` has it."""
+        return self._client.post("/gptcli/complete", {"prefix": prefix, **asked})
 
     def generate(
         self,

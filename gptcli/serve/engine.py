@@ -106,6 +106,7 @@ class Engine:
     Attributes:
         model: for what needs no computing: its tokenizer, its configuration. Everything else goes through ``call``.
         counts: what was done.
+        prefixes: texts that were read before, for what goes through ``call``; None for none.
     """
 
     def __init__(
@@ -129,8 +130,8 @@ class Engine:
         self.counts = Counts()
         self.rows, self.waiting = rows, waiting
         self._deliver = deliver
-        self._prefixes = Prefixes(prefix_bytes) if prefix_bytes else None
-        self._pool = Pool(model.transformer, model.stepping, self._prefixes)
+        self.prefixes = Prefixes(prefix_bytes) if prefix_bytes else None
+        self._pool = Pool(model.transformer, model.stepping, self.prefixes)
         self._seats: list[_Seat] = []  # in the order of the pool's rows
         self._stale: list[_Seat] = []  # to be read anew, after their text was cut
         self._queue: deque[Ticket] = deque()
@@ -191,7 +192,7 @@ class Engine:
     @property
     def cache_bytes(self) -> int:
         """Keys and values: of the rows that are decoded, and of those that are remembered."""
-        return self._pool.bytes + (self._prefixes.bytes if self._prefixes else 0)
+        return self._pool.bytes + (self.prefixes.bytes if self.prefixes else 0)
 
     def close(self) -> None:
         """Let the step that runs end, and nothing after it; whoever waits gets a BusyError."""

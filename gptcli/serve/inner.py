@@ -9,14 +9,16 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
+from urllib.parse import parse_qs
 
 from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from gptcli.core import complete as core
 from gptcli.core import runtime
 from gptcli.core.generate import check_prompt, prompt_ids
 from gptcli.core.requests import Request, Step
@@ -128,6 +130,54 @@ async def predict(request: HttpRequest) -> Response:
     return JSONResponse({"distributions": told, "pieces": _pieces(service, shown)})
 
 
+async def complete(request: HttpRequest) -> Response:
+    """Continuations for a cursor: JSON for JSON; for a form (what curl sends) a line each, its probability first."""
+    service, form = service_of(request), "form-urlencoded" in request.headers.get("content-type", "")
+    body = _fields((await request.body()).decode("utf-8", "replace")) if form else await body_of(request)
+    prefix = text_in(body, "prefix", "")
+    try:
+        asked: dict[str, Any] = {
+            name: kind(body[name]) for name, kind in _COMPLETE.items() if body.get(name) is not None
+        }
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"the request can't be read: {error}", "numbers should be numbers") from None
+    # The time that it waits for its turn is the caller's too.
+    end = time.perf_counter() + asked.get("deadline_seconds", 0.0)
+
+    def work() -> dict[str, Any]:
+        if "deadline_seconds" in asked:
+            asked["deadline_seconds"] = max(1e-3, end - time.perf_counter())
+        prefixes = service.bridge.engine.prefixes
+        return core.complete(service.model, prefix, prefixes=prefixes, **asked).plain(service.model)
+
+    found = await unless_gone(request, service.bridge.call(work))
+    if not form:
+        return JSONResponse(found)
+    lines = [f"{each['probability']:.6f}\t{_one_line(each['text'])}\n" for each in found["completions"]]
+    return PlainTextResponse("".join(lines))
+
+
+_COMPLETE: dict[str, Callable[[Any], Any]] = {
+    "suffix": str,
+    "num": int,
+    "max_tokens": int,
+    "until": str,
+    "min_prob": float,
+    "deadline_seconds": float,
+    "special": bool,
+}
+
+
+def _fields(form: str) -> dict[str, str]:
+    return {name: values[-1] for name, values in parse_qs(form, keep_blank_values=True).items()}
+
+
+def _one_line(text: str) -> str:
+    """Nothing that a terminal or a shell would take for more than text on one line."""
+    kept = text.split("\n")[0]
+    return "".join(character for character in kept if character.isprintable())
+
+
 async def generate(request: HttpRequest) -> Response:
     """Steps as lines, as they are made; the last line has the timing, or an error."""
     service, body = service_of(request), await body_of(request)
@@ -212,5 +262,6 @@ routes = [
     Route("/gptcli/tokens", only_by_socket(tokens), methods=["POST"]),
     Route("/gptcli/pieces", only_by_socket(pieces), methods=["POST"]),
     Route("/gptcli/predict", only_by_socket(predict), methods=["POST"]),
+    Route("/gptcli/complete", only_by_socket(complete), methods=["POST"]),
     Route("/gptcli/generate", only_by_socket(generate), methods=["POST"]),
 ]
