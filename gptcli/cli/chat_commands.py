@@ -108,9 +108,9 @@ class Commands:
         self._out.stats(self._chat.prompt())
 
     def _save(self, rest: str) -> None:
+        file = _path(rest, "save")
         if not self._chat.conversation.turns:
             raise UsageError("there is nothing to save yet", "say something")
-        file = _path(rest, "save")
         if file.is_file() and file.stat().st_size and not _is_conversation(file):
             raise OutputError(f"{file} holds something else than a conversation", "save under another name")
         from gptcli.core.files import write_whole
