@@ -16,6 +16,7 @@ import pytest
 from gptcli.cli.caches import native_cache
 from gptcli.cli.train_run import RATES
 from gptcli.errors import ExitCode
+from gptcli.text.transcript import SCENE
 from tests.conftest import ROOT, Gptcli
 
 REFERENCE = (ROOT / "docs" / "reference.md").read_text()
@@ -47,6 +48,16 @@ def test_generate_fields(gptcli: Gptcli, tiny_folder: Path) -> None:
     assert set(first["usage"]) == {"prompt_tokens", "completion_tokens"}
     assert set(first["timing"]) == {"load_seconds", "prefill_seconds", "decode_seconds", "tokens_per_second"}
     assert set(first["logprobs"][0]) == {"id", "text", "logprob", "top"}
+
+
+def test_chat_fields(gptcli: Gptcli) -> None:
+    (told,) = objects(gptcli("chat", "x", "-n", "2", "--json", "--show-prompt").stdout)
+    assert documented("chat") == set(told)
+    part = REFERENCE.split("\n### chat\n")[1].split("\n### ")[0]
+    assert {name for value in (told["usage"], told["timing"]) for name in value} <= set(
+        re.findall(r"`([a-z_]+)`", part)
+    )
+    assert SCENE in part
 
 
 def test_predict_fields(gptcli: Gptcli, tiny_folder: Path) -> None:

@@ -27,6 +27,7 @@ class Entry(NamedTuple):
 
 COMMANDS: dict[str, Entry] = {
     "generate": Entry("Continue a text, streaming.", "gptcli.cli.generate:generate"),
+    "chat": Entry("Talk with a model.", "gptcli.cli.chat:chat"),
     "predict": Entry("Show what may come next, as bars.", "gptcli.cli.predict:predict"),
     "complete": Entry("Suggest short continuations for a cursor.", "gptcli.cli.complete:complete"),
     "score": Entry("Show how surprising each token of a text is.", "gptcli.cli.score:score"),

@@ -33,31 +33,15 @@ def generate(
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", "-n", metavar="N", help="-1: to the text's end or the context's.")
     ] = 128,
-    temperature: Annotated[
-        float, typer.Option("--temperature", "-t", metavar="T", help="0: always the likeliest token.")
-    ] = 0.8,
-    top_k: Annotated[int, typer.Option("--top-k", "-k", metavar="K", help="Draw among the K likeliest; 0: all.")] = 0,
-    top_p: Annotated[
-        float, typer.Option("--top-p", metavar="P", help="Draw among the likeliest that make up P.")
-    ] = 1.0,
-    min_p: Annotated[
-        float, typer.Option("--min-p", metavar="P", help="Leave out tokens P times less likely than the first.")
-    ] = 0.0,
-    repetition_penalty: Annotated[
-        float, typer.Option("--repetition-penalty", metavar="X", help="Above 1: repeat less.")
-    ] = 1.0,
-    frequency_penalty: Annotated[
-        float, typer.Option("--frequency-penalty", metavar="X", help="Off per earlier use.")
-    ] = 0.0,
-    presence_penalty: Annotated[
-        float, typer.Option("--presence-penalty", metavar="X", help="Off if used before.")
-    ] = 0.0,
-    logit_bias: Annotated[
-        list[str] | None, typer.Option("--logit-bias", metavar="ID:BIAS", help="Add to a token's logit; repeatable.")
-    ] = None,
-    stop: Annotated[
-        list[str] | None, typer.Option("--stop", metavar="TEXT", help="End before this string; repeatable.")
-    ] = None,
+    temperature: options.Temperature = 0.8,
+    top_k: options.TopK = 0,
+    top_p: options.TopP = 1.0,
+    min_p: options.MinP = 0.0,
+    repetition_penalty: options.RepetitionPenalty = 1.0,
+    frequency_penalty: options.FrequencyPenalty = 0.0,
+    presence_penalty: options.PresencePenalty = 0.0,
+    logit_bias: options.LogitBias = None,
+    stop: options.Stop = None,
     num_samples: Annotated[int, typer.Option("--num-samples", metavar="N", help="N texts; sample i has seed + i.")] = 1,
     logprobs: Annotated[int | None, typer.Option("--logprobs", metavar="N", help="In JSON: log-probabilities.")] = None,
     batch: Annotated[
@@ -105,7 +89,7 @@ def generate(
     from gptcli.core.settings import Sampling
 
     penalties = (repetition_penalty, frequency_penalty, presence_penalty)
-    sampling = Sampling(temperature, top_k, top_p, min_p, *penalties, _parse_biases(logit_bias or []))
+    sampling = Sampling(temperature, top_k, top_p, min_p, *penalties, options.parse_biases(logit_bias or []))
     if batch is None:
         found = sources([] if text is None else [text], file or [], no_stdin=no_stdin, strip=strip)
         prompts = [_Prompt(one_text(found, errors))]
@@ -117,10 +101,7 @@ def generate(
     runner = open_runner(model, out, warm=warm, device=device, dtype=dtype, quantize=quantize, threads=threads)
     from gptcli.core.requests import Timing
 
-    if unknown := [id_ for id_ in sampling.logit_bias if id_ >= runner.vocab_size]:
-        raise UsageError(
-            f"--logit-bias: there is no token {unknown[0]}", f"{runner.name} has {runner.vocab_size:,} tokens"
-        )
+    options.check_biases(sampling.logit_bias, runner.name, runner.vocab_size)
     common_seed = seed if seed is not None else secrets.randbits(32)
     if seed is None and not out.json and temperature > 0:
         out.note(f"seed {common_seed}")
@@ -310,17 +291,6 @@ def _tell_stats(out: Output, job: _Job, runs: list[_Run]) -> None:
         f"prompt {prompt:,} tokens in {timing.prefill_seconds:.3f} s, "
         f"text {made:,} tokens in {timing.decode_seconds:.3f} s, {timing.tokens_per_second:,.1f} tokens/s"
     )
-
-
-def _parse_biases(pairs: Sequence[str]) -> dict[int, float]:
-    biases = {}
-    for pair in pairs:
-        id_, _, value = pair.partition(":")
-        try:
-            biases[int(id_)] = float(value)
-        except ValueError:
-            raise UsageError(f"--logit-bias {pair!r} is not ID:BIAS", "for instance --logit-bias 50256:-100") from None
-    return biases
 
 
 def _read_batch(file: Path, errors: str) -> Iterator[_Prompt]:

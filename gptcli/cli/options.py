@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,6 +43,19 @@ Seed = Annotated[
     int | None, typer.Option("--seed", metavar="N", help="Same seed, same text; drawn and told if not set.")
 ]
 Threads = Annotated[int | None, typer.Option("--threads", metavar="N", min=1, help="CPU threads to use.")]
+Temperature = Annotated[float, typer.Option("--temperature", "-t", metavar="T", help="0: always the likeliest token.")]
+TopK = Annotated[int, typer.Option("--top-k", "-k", metavar="K", help="Draw among the K likeliest; 0: all.")]
+TopP = Annotated[float, typer.Option("--top-p", metavar="P", help="Draw among the likeliest that make up P.")]
+MinP = Annotated[
+    float, typer.Option("--min-p", metavar="P", help="Leave out tokens P times less likely than the first.")
+]
+RepetitionPenalty = Annotated[float, typer.Option("--repetition-penalty", metavar="X", help="Above 1: repeat less.")]
+FrequencyPenalty = Annotated[float, typer.Option("--frequency-penalty", metavar="X", help="Off per earlier use.")]
+PresencePenalty = Annotated[float, typer.Option("--presence-penalty", metavar="X", help="Off if used before.")]
+LogitBias = Annotated[
+    list[str] | None, typer.Option("--logit-bias", metavar="ID:BIAS", help="Add to a token's logit; repeatable.")
+]
+Stop = Annotated[list[str] | None, typer.Option("--stop", metavar="TEXT", help="End before this string; repeatable.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Never use the network.")]
 
 
@@ -77,6 +90,24 @@ def check_seed(seed: int | None) -> None:
     """Raise UsageError for a seed that the noise, or torch's generator, does not take."""
     if seed is not None and not 0 <= seed < 2**63:
         raise UsageError(f"--seed {seed} is out of range", "it should be from 0 up to 2**63 - 1")
+
+
+def parse_biases(pairs: Sequence[str]) -> dict[int, float]:
+    """``ID:BIAS`` as numbers. Raises UsageError for what is not."""
+    biases = {}
+    for pair in pairs:
+        id_, _, value = pair.partition(":")
+        try:
+            biases[int(id_)] = float(value)
+        except ValueError:
+            raise UsageError(f"--logit-bias {pair!r} is not ID:BIAS", "for instance --logit-bias 50256:-100") from None
+    return biases
+
+
+def check_biases(biases: Mapping[int, float], name: str, vocab_size: int) -> None:
+    """Raise UsageError for a token that the model does not have."""
+    if unknown := [id_ for id_ in biases if id_ >= vocab_size]:
+        raise UsageError(f"--logit-bias: there is no token {unknown[0]}", f"{name} has {vocab_size:,} tokens")
 
 
 def choice(name: str, value: str, choices: Sequence[str]) -> str:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
 
+from gptcli.cli.keyboard import raised_on_termination
 from gptcli.cli.out import Output
 from gptcli.errors import UsageError
 
@@ -54,7 +53,7 @@ def _key_by_key(keyboard: int) -> Iterator[None]:
     import tty
 
     before = termios.tcgetattr(keyboard)
-    with _raised_on_termination():
+    with raised_on_termination():
         try:
             tty.setcbreak(keyboard, termios.TCSADRAIN)  # Ctrl-C and Ctrl-Z keep their meaning
             yield
@@ -82,19 +81,3 @@ def _keyboard() -> Iterator[int]:
         yield opened
     finally:
         os.close(opened)
-
-
-@contextlib.contextmanager
-def _raised_on_termination() -> Iterator[None]:
-    """A request to end becomes an exception, so that what has to be put back is put back."""
-
-    def end(number: int, frame: Any) -> None:
-        raise SystemExit(128 + number)
-
-    numbers = (signal.SIGTERM, signal.SIGHUP)
-    before = [signal.signal(number, end) for number in numbers]
-    try:
-        yield
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)

@@ -14,10 +14,11 @@ from safetensors import SafetensorError
 from gptcli.errors import OutputError
 
 
-def write_whole(file: Path, data: bytes | memoryview) -> None:
+def write_whole(file: Path, data: bytes | memoryview, *, private: bool = False) -> None:
     """Write beside, sync, rename: whoever looks finds what was there before, or all of the new.
 
-    A link stays one, and a device or a pipe is written into. Raises OutputError.
+    A link stays one, and a device or a pipe is written into. A ``private`` file only its owner may read and write.
+    Raises OutputError.
     """
     with output_errors(file):
         if file.exists() and not file.is_file():  # what can't be replaced, or must not be: /dev/stdout, /dev/null
@@ -30,7 +31,8 @@ def write_whole(file: Path, data: bytes | memoryview) -> None:
                 stream.write(data)
                 stream.flush()
                 os.fsync(stream.fileno())
-            os.chmod(name, 0o666 & ~umask())  # a temporary file is its owner's alone
+            if not private:
+                os.chmod(name, 0o666 & ~umask())  # a temporary file is its owner's alone
             os.replace(name, target)
         except BaseException:
             with contextlib.suppress(OSError):

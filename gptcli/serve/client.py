@@ -9,6 +9,7 @@ import http.client
 import json
 import socket
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -74,7 +75,14 @@ class Client:
                 self.close()
 
     def close(self) -> None:
+        """Hang up; the next request opens a new connection."""
         self._connection.close()
+
+    def interrupt(self) -> None:
+        """Let whoever waits for an answer find that there is none (GoneError); from another thread or a signal."""
+        if self._connection.sock is not None:
+            with suppress(OSError):
+                self._connection.sock.shutdown(socket.SHUT_RDWR)
 
     def _ask(self, method: str, path: str, body: Mapping[str, Any] | None) -> http.client.HTTPResponse:
         data = None if body is None else json.dumps(body, ensure_ascii=False).encode("utf-8", "surrogatepass")
@@ -125,6 +133,7 @@ class WarmModel:
     """A model in a warm process, with what commands ask of one.
 
     Attributes:
+        client: how it is asked.
         name, used, context, vocab_size: of the model.
         load_seconds: nothing, which is the point.
         told: how its steps are taken.
@@ -138,7 +147,7 @@ class WarmModel:
         Raises CheckError where the process has the model otherwise than a command would load it, GoneError where it
         does not answer.
         """
-        self._client = client
+        self.client = client
         opened = client.post("/gptcli/open", asked)
         self.name: str = opened["name"]
         self.used: dict[str, str] = opened["used"]
@@ -156,7 +165,7 @@ class WarmModel:
         return self._ids(text, special, prompt=False)
 
     def _ids(self, text: str, special: bool, *, prompt: bool) -> list[int]:
-        told = self._client.post("/gptcli/tokens", {"text": text, "special": special, "prompt": prompt})
+        told = self.client.post("/gptcli/tokens", {"text": text, "special": special, "prompt": prompt})
         ids: list[int] = told["ids"]
         return ids
 
@@ -167,7 +176,7 @@ class WarmModel:
     def token_bytes(self, id_: int) -> bytes:
         """The bytes of a token, asked for if they were not told with it."""
         if id_ not in self._bytes:
-            self._know(self._client.post("/gptcli/pieces", {"ids": [id_]})["pieces"])
+            self._know(self.client.post("/gptcli/pieces", {"ids": [id_]})["pieces"])
         return self._bytes[id_]
 
     def _know(self, pieces: Mapping[str, str]) -> None:
@@ -178,7 +187,7 @@ class WarmModel:
     ) -> list[list[Distribution]]:
         """As of ``core.runner.LocalModel``."""
         asked = {"prompts": list(prompts), "temperatures": list(temperatures), "top": top}
-        told = self._client.post("/gptcli/predict", asked)
+        told = self.client.post("/gptcli/predict", asked)
         self._know(told["pieces"])
         return [
             [
@@ -192,7 +201,7 @@ class WarmModel:
         self, prompts: Sequence[Sequence[int]], choices: Sequence[Sequence[int]]
     ) -> list[list[Continuation]]:
         """As of ``core.runner.LocalModel``."""
-        told = self._client.post("/gptcli/predict", {"prompts": list(prompts), "choices": list(choices)})
+        told = self.client.post("/gptcli/predict", {"prompts": list(prompts), "choices": list(choices)})
         return [
             [Continuation(tuple(each["ids"]), tuple(each["logprobs"])) for each in continuations]
             for continuations in told["continuations"]
@@ -200,7 +209,7 @@ class WarmModel:
 
     def complete(self, prefix: str, **asked: Any) -> dict[str, Any]:
         """As ``core.complete.complete``, and as plain as ``Completions.plain`` has it."""
-        return self._client.post("/gptcli/complete", {"prefix": prefix, **asked})
+        return self.client.post("/gptcli/complete", {"prefix": prefix, **asked})
 
     def generate(
         self,
@@ -219,7 +228,7 @@ class WarmModel:
             "slide": slide,
         }
         timing = timing or Timing()
-        for line in self._client.lines("/gptcli/generate", body):
+        for line in self.client.lines("/gptcli/generate", body):
             self._know(line.get("pieces", {}))
             if told := line.get("timing"):
                 timing.prefill_seconds += told["prefill_seconds"]

@@ -88,7 +88,7 @@ class ChatTemplate:
                 eos_token=self.eos_token,
                 add_generation_prompt=add_generation_prompt,
             )
-        except CorruptError:
+        except (CorruptError, UnsupportedError):
             raise
         except Exception as error:  # a template is a program: it can fail in any way
             hint = "look at its chat_template, or at the order of the roles"
@@ -121,6 +121,21 @@ class ChatTemplate:
         for part in (part for piece in pieces for part in shield.parts(piece.text)):
             ids += tokenizer.encode(part) if isinstance(part, str) else [part]
         return ids
+
+    def ends(self, tokenizer: Tokenizer) -> tuple[str, ...]:
+        """What ends an answer, as text: the mark that the template writes behind one, or all up to the next message.
+
+        Empty where it writes nothing of the kind. Raises CorruptError as ``render`` does.
+        """
+        first, answer, second = "Is it?", "It is.", "Why so?"
+        turns = (("user", first), ("assistant", answer), ("user", second))
+        messages = [{"role": role, "content": said} for role, said in turns]
+        text = self.render(messages)
+        begin = text.rfind(answer) + len(answer)
+        between = text[begin : text.rfind(second)] if begin >= len(answer) else ""
+        marks = [text for text in tokenizer.special_tokens if text in between]
+        end = min(marks, key=between.index) if marks else between.rstrip()
+        return (end,) if end.strip() else ()
 
     def lessons(self, messages: Sequence[Message], shield: Shield) -> list[list[Piece]]:
         """A conversation as the texts to learn from, in pieces: one text, with every answer marked.
@@ -338,7 +353,10 @@ def _compiled(source: str) -> _Compiled:
     """A Jinja template, compiled with what transformers offers to templates; it reaches nothing outside."""
     from datetime import datetime
 
-    from jinja2 import TemplateError
+    try:
+        from jinja2 import TemplateError
+    except ImportError:
+        raise UnsupportedError("the model's chat template is one for Jinja", "pip install jinja2") from None
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 

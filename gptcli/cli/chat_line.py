@@ -1,0 +1,165 @@
+"""The line on which a person types: by prompt_toolkit where it is installed, else plainly."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from gptcli.cli.out import Output
+from gptcli.cli.state import private_file
+
+if TYPE_CHECKING:
+    from prompt_toolkit.key_binding import KeyBindings
+
+_MARK, _MORE = "> ", "… "
+
+Complete = Callable[[str], list[str]]
+
+
+class Line(Protocol):
+    """Where messages come from."""
+
+    def read(self) -> str | None:
+        """The next message; None when the user leaves."""
+        ...
+
+
+def open_line(out: Output, complete: Complete, *, history: bool) -> Line:
+    """The best line that this terminal has.
+
+    Args:
+        complete: what the last word of an unfinished line may become.
+        history: keep what is typed in the state folder, and find it there.
+    """
+    if os.environ.get("TERM", "dumb") == "dumb":
+        return PlainLine(out)
+    try:
+        import prompt_toolkit  # noqa: F401
+    except ImportError:
+        out.note("pip install 'gptcli[edit]' for history, completion and messages of several lines")
+        return PlainLine(out)
+    file = None
+    if history:
+        try:
+            file = private_file("chat_history")
+        except OSError as error:
+            out.note(f"no history: {error.filename}: {error.strerror}")
+    return ToolkitLine(out, complete, file)
+
+
+class PlainLine:
+    """``input()``: a backslash at the end of a line goes on in the next."""
+
+    def __init__(self, out: Output) -> None:
+        self._out = out
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  # the arrows work with it
+
+    def read(self) -> str | None:
+        lines: list[str] = []
+        while True:
+            try:
+                lines.append(self._ask(_MORE if lines else _MARK))
+            except EOFError:
+                self._out.stats("")
+                return None
+            except KeyboardInterrupt:
+                self._out.stats("")
+                if not lines and not _typed():
+                    return None
+                lines = []
+                continue
+            if not lines[-1].endswith("\\"):
+                return "\n".join(lines)
+            lines[-1] = lines[-1][:-1]
+
+    def _ask(self, mark: str) -> str:
+        if self._out.on_terminal:
+            return input(mark)
+        # The answers go to a file, where the mark has no business; input() would put it there.
+        self._out.stderr.write(mark)
+        self._out.stderr.flush()
+        if not (line := sys.stdin.readline()):
+            raise EOFError
+        return line.removesuffix("\n")
+
+
+def _typed() -> str:
+    """What stood on the line that Ctrl-C ended, where readline knows."""
+    readline = sys.modules.get("readline")
+    return readline.get_line_buffer() if readline else ""
+
+
+class ToolkitLine:
+    """A line that can be several, with history and completion.
+
+    A paste goes in as it is. Enter sends; Alt-Enter, or a backslash before Enter, begins another line.
+    """
+
+    def __init__(self, out: Output, complete: Complete, history: Path | None) -> None:
+        from prompt_toolkit import PromptSession
+        from prompt_toolkit.completion import CompleteEvent, Completer, Completion
+        from prompt_toolkit.document import Document
+        from prompt_toolkit.history import FileHistory, InMemoryHistory
+        from prompt_toolkit.output import ColorDepth, create_output
+
+        class Words(Completer):
+            def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterator[Completion]:
+                text = document.text_before_cursor
+                last = text if " " not in text else text.split(" ", 2 if text.startswith("/set ") else 1)[-1]
+                for word in complete(text) if document.is_cursor_at_the_end else ():
+                    yield Completion(word, start_position=-len(last))
+
+        # Where the answers go to a file, the line stands on stderr.
+        stream = out.stdout if out.on_terminal else out.stderr
+        self._session: PromptSession[str] = PromptSession(
+            history=FileHistory(str(history)) if history else InMemoryHistory(),
+            completer=Words(),
+            complete_while_typing=True,
+            reserve_space_for_menu=4,
+            multiline=True,
+            key_bindings=_keys(),
+            prompt_continuation=lambda width, number, wrapped: "" if wrapped else _MORE,
+            output=create_output(stdout=stream),
+            color_depth=None if out.colored(stream) else ColorDepth.MONOCHROME,
+        )
+
+    def read(self) -> str | None:
+        try:
+            return self._session.prompt(_MARK)
+        except (EOFError, KeyboardInterrupt):
+            return None
+
+
+def _keys() -> KeyBindings:
+    from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+
+    keys = KeyBindings()
+
+    @keys.add("enter")
+    def send(event: KeyPressEvent) -> None:
+        buffer = event.current_buffer
+        if buffer.complete_state and buffer.complete_state.current_completion:
+            buffer.complete_state = None  # take the word that the menu shows
+        elif buffer.document.char_before_cursor == "\\" and buffer.document.is_cursor_at_the_end:
+            buffer.delete_before_cursor()
+            buffer.newline(copy_margin=False)
+        else:
+            buffer.validate_and_handle()
+
+    @keys.add("escape", "enter")
+    def another_line(event: KeyPressEvent) -> None:
+        event.current_buffer.newline(copy_margin=False)
+
+    @keys.add("c-c")
+    def clear_or_leave(event: KeyPressEvent) -> None:
+        if event.current_buffer.text:
+            event.current_buffer.reset()
+        else:
+            event.app.exit(exception=EOFError)
+
+    return keys
