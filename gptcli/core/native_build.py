@@ -24,7 +24,7 @@ from gptcli.core import runtime
 from gptcli.errors import CorruptError, NotFoundError, OutputError, ResourceError
 
 SOURCE = Path(__file__).parent / "native" / "step.cpp"
-ABI = 1  # as in step.cpp
+ABI = 2  # as in step.cpp
 COMPILERS = ("c++", "g++", "clang++")
 # No -ffast-math: a model whose numbers overflow has to show it.
 FLAGS = ("-std=c++20", "-O3", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden", "-Wno-psabi")
