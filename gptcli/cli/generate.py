@@ -81,6 +81,10 @@ def generate(
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     quantize: options.Quantize = "none",
+    draft_model: Annotated[
+        str | None,
+        typer.Option("--draft-model", metavar="MODEL", help="A smaller model that guesses ahead; none: no guessing."),
+    ] = None,
     threads: options.Threads = None,
     offline: options.Offline = False,
 ) -> None:
@@ -115,6 +119,12 @@ def generate(
     from gptcli.cli.opening import open_for_inference
 
     loaded = open_for_inference(model, out, device=device, dtype=dtype, quantize=quantize, threads=threads)
+    draft = None
+    if draft_model not in (None, "none"):
+        from gptcli.core.draft_model import check_pair
+
+        draft = open_for_inference(draft_model, out, device=device, dtype=dtype, quantize=quantize, threads=threads)
+        check_pair(loaded, draft)
     from gptcli.core import runtime
     from gptcli.core.generate import Timing
 
@@ -130,7 +140,9 @@ def generate(
     room = None if truncate_prompt is None else min(max_tokens, half) if max_tokens >= 0 else half
     for prompt in prompts:
         prompt.prepare(loaded, special=special == "parse", room=room, out=out)
-    job = _Job(loaded, sampling, max_tokens, stop or [], ignore_eos, slide, logprobs, Timing())
+    job = _Job(
+        loaded, sampling, max_tokens, stop or [], ignore_eos, slide, logprobs, Timing(), draft_model is None, draft
+    )
     runs = [
         _Run(prompt, (prompt.seed if prompt.seed is not None else common_seed) + i)
         for prompt in prompts
@@ -142,6 +154,8 @@ def generate(
         shown = out.on_terminal if echo is None else echo
         _write_text(out, job, runs, echo=shown, stream=stream)
     out.detail(loaded.stepping.told)
+    if job.timing.drafted_tokens:
+        out.detail(f"{job.drafted}, {f'by {draft.name}' if draft else 'by looking them up in the text'}")
     if stats:
         _tell_stats(out, job, runs)
 
@@ -191,14 +205,22 @@ class _Job:
     slide: bool
     logprobs: int | None
     timing: Timing
+    lookup: bool = True
+    draft: Model | None = None
+
+    @property
+    def drafted(self) -> str:
+        """How many tokens were guessed, and how many rightly."""
+        return f"{self.timing.drafted_tokens:,} tokens were drafted and {self.timing.accepted_tokens:,} accepted"
 
     def steps(self, runs: Sequence[_Run], timing: Timing) -> Iterator[Step]:
         """Decode some runs together, keeping their answers up to date."""
         from gptcli.core.generate import Request, generate
 
         requests = [Request(run.prompt.ids, run.seed, self.max_tokens, self.stop, self.ignore_eos) for run in runs]
+        drafting: dict[str, Any] = {"lookup": self.lookup, "draft": self.draft}
         for step in generate(
-            self.model, requests, self.sampling, logprobs=self.logprobs, slide=self.slide, timing=timing
+            self.model, requests, self.sampling, logprobs=self.logprobs, slide=self.slide, timing=timing, **drafting
         ):
             run = runs[step.row]
             run.text += step.text
@@ -212,13 +234,16 @@ class _Job:
         self.timing.prefill_seconds += timing.prefill_seconds
         self.timing.decode_seconds += timing.decode_seconds
         self.timing.decoded_tokens += timing.decoded_tokens
+        self.timing.drafted_tokens += timing.drafted_tokens
+        self.timing.accepted_tokens += timing.accepted_tokens
 
     def groups(self, runs: Sequence[_Run], out: Output) -> Iterator[tuple[int, Sequence[_Run], Timing]]:
         """Decode all runs, some at a time; yields each group when it is done, or, after Ctrl-C, as far as it came."""
         from gptcli.core.generate import Timing
 
-        for first in range(0, len(runs), _ROWS_AT_ONCE):
-            group = runs[first : first + _ROWS_AT_ONCE]
+        at_once = 1 if self.draft else _ROWS_AT_ONCE
+        for first in range(0, len(runs), at_once):
+            group = runs[first : first + at_once]
             timing = Timing()
             try:
                 for step in self.steps(group, timing):
@@ -249,13 +274,16 @@ def _as_json(job: _Job, run: _Run, timing: Timing, index: int | None) -> dict[st
         "tokens": run.tokens,
         "finish_reason": run.finish,
         "seed": run.seed,
+        **({"draft_model": job.draft.name} if job.draft else {}),
         **model.used,
         "usage": {"prompt_tokens": len(run.prompt.ids), "completion_tokens": len(run.tokens)},
         "timing": {
-            "load_seconds": model.load_seconds,
+            "load_seconds": model.load_seconds + (job.draft.load_seconds if job.draft else 0.0),
             "prefill_seconds": timing.prefill_seconds,
             "decode_seconds": timing.decode_seconds,
             "tokens_per_second": timing.tokens_per_second,
+            "drafted_tokens": timing.drafted_tokens,
+            "accepted_tokens": timing.accepted_tokens,
         },
     }
     if job.logprobs is not None:
@@ -310,6 +338,7 @@ def _tell_stats(out: Output, job: _Job, runs: list[_Run]) -> None:
         f"{job.model.name} ({used}): load {job.model.load_seconds:.3f} s, "
         f"prompt {prompt:,} tokens in {timing.prefill_seconds:.3f} s, "
         f"text {made:,} tokens in {timing.decode_seconds:.3f} s, {timing.tokens_per_second:,.1f} tokens/s"
+        + (f", {job.drafted}" if timing.drafted_tokens else "")
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -70,6 +70,17 @@ class Decoder:
         if self.cache is not None:
             self.cache.select(rows)
         self._step = None
+
+    def several(self) -> tuple[Callable[[Sequence[int]], Tensor], bool]:
+        """How to add several tokens at once to the one row: ids to the logits ``[T, V]`` of the next after each.
+
+        And whether they are to the bit those of steps one by one. The cache has to have the room.
+        """
+        cache = self.cache
+        if cache is None:
+            raise ValueError("a step comes after a prefill")
+        forward, exact = self.stepping.several(tokens=cache.capacity - cache.lengths[0])
+        return (lambda ids: forward(ids, cache)), exact
 
 
 def padded(rows: Sequence[Sequence[int]]) -> list[list[int]]:

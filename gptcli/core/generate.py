@@ -13,6 +13,8 @@ from torch import Tensor
 from gptcli.core import runtime
 from gptcli.core.build import Model
 from gptcli.core.decode import Decoder
+from gptcli.core.draft import Ahead, Lookup
+from gptcli.core.draft_model import DraftModel
 from gptcli.core.sampling import History, sample
 from gptcli.core.settings import Sampling
 from gptcli.errors import CorruptError, LimitError, UsageError
@@ -76,11 +78,13 @@ class Step:
 
 @dataclass
 class Timing:
-    """Seconds spent, filled in as it goes."""
+    """Seconds spent, filled in as it goes; and tokens, of which some were ``drafted`` and then ``accepted``."""
 
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     decoded_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
     @property
     def tokens_per_second(self) -> float:
@@ -137,6 +141,8 @@ def generate(
     logprobs: int | None = None,
     slide: bool = False,
     timing: Timing | None = None,
+    lookup: bool = True,
+    draft: Model | None = None,
 ) -> Iterator[Step]:
     """Continue each request until it ends, all of them together, a token a step.
 
@@ -147,10 +153,15 @@ def generate(
         logprobs: report the chosen token's log-probability and those of so many likeliest; None reports nothing.
         slide: past the context, keep its last half and go on, instead of finishing.
         timing: filled in.
+        lookup: guess what comes next from the text itself, where that leaves the text as it is: one row, native steps.
+        draft: a smaller model that guesses instead, for one row; ``check_pair`` says which may. The text is another of
+            the same distribution; at temperature 0 it is the same.
 
     Yields Steps in order of time, and of rows within a time. Raises LimitError for a prompt longer than the context,
-    CorruptError for weights whose logits are not finite.
+    CorruptError for weights whose logits are not finite, UsageError for a ``draft`` and several requests.
     """
+    if draft is not None and len(requests) > 1:
+        raise UsageError("a draft model drafts for one text at a time", "generate them one after another")
     for request in requests:
         check_prompt(model, request.prompt)
     timing = timing or Timing()
@@ -160,7 +171,13 @@ def generate(
     if not rows:
         return
     start = time.perf_counter()
-    decoder = Decoder(model.transformer, model.stepping)
+    plain = Decoder(model.transformer, model.stepping)
+    decoder: Decoder | Ahead = plain
+    draw = sample
+    if len(rows) == 1 and (draft or lookup):
+        drafter = DraftModel(draft, sampling, rows[0].request.seed) if draft else Lookup()
+        decoder = ahead = Ahead(plain, drafter, timing)
+        draw = ahead.draw
     logits = decoder.prefill([row.window for row in rows], _capacity(model, rows))
     runtime.synchronize(model.device)
     timing.prefill_seconds += time.perf_counter() - start
@@ -170,7 +187,7 @@ def generate(
         history = History([row.request.prompt for row in rows], model.config.vocab_size, model.device)
     while True:
         start = time.perf_counter()
-        drawn = sample(logits, sampling, [row.request.seed for row in rows], [row.position for row in rows], history)
+        drawn = draw(logits, sampling, [row.request.seed for row in rows], [row.position for row in rows], history)
         tokens = drawn.tolist()
         reports = _report(logits, drawn, logprobs)
         timing.decode_seconds += time.perf_counter() - start

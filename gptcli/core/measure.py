@@ -157,7 +157,7 @@ def measure_decode(model: Model, batch: int, prompt: int, tokens: int, rounds: i
 
     def decode() -> float:
         timing = Timing()
-        for _ in generate(model, requests, Sampling(temperature=0), timing=timing):
+        for _ in generate(model, requests, Sampling(temperature=0), timing=timing, lookup=False):
             pass
         return timing.decode_seconds
 

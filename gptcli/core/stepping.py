@@ -6,7 +6,7 @@ step (``core/native.py``) is the fastest for a token at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -141,3 +141,19 @@ class Stepping:
             raise UnsupportedError(f"there is no native step: {reason}", "nothing is to be done")
         threads = pick_threads(self.transformer, runtime.threads())
         return native.NativeStep(native_build.load(self.folder), self.transformer, threads)
+
+    def several(self, *, tokens: int) -> tuple[Callable[[Sequence[int], KVCache], Tensor], bool]:
+        """How to add several tokens to one row at once, of whom ``tokens`` are still to come: logits ``[T, V]``.
+
+        The second value says whether they are to the bit those of ``step``, one by one.
+        """
+        worth = self._worth(tokens, 1)
+        if "native" in worth and (step := self._native_step()):
+            return (lambda ids, cache: step.verify([ids], cache)), True
+        forward: Forward = self._packed_lean() if "lean" in worth else self.transformer
+
+        def several(ids: Sequence[int], cache: KVCache) -> Tensor:
+            logits: Tensor = forward(torch.tensor([ids], device=cache.keys[0].device), cache)  # [1, T, V]
+            return logits[0]
+
+        return several, False

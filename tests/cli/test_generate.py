@@ -33,6 +33,7 @@ FIELDS = {
     "timing",
 }
 TIMING = {"load_seconds", "prefill_seconds", "decode_seconds", "tokens_per_second"}
+COUNTS = {"drafted_tokens", "accepted_tokens"}
 CONTEXT = 64  # of the tiny model
 END = 0  # its <|endoftext|>
 
@@ -123,8 +124,9 @@ def test_json_has_the_fields_of_the_contract(generate: Run, tiny_folder: Path) -
     assert value["seed"] == 3
     assert (value["device"], value["dtype"]) == ("cpu", "float32")
     assert value["usage"] == {"prompt_tokens": len(words.encode(prompt)), "completion_tokens": 5}
-    assert value["timing"].keys() == TIMING
-    assert all(isinstance(seconds, float) and seconds > 0 for seconds in value["timing"].values())
+    assert value["timing"].keys() == TIMING | COUNTS
+    assert all(isinstance(value["timing"][name], float) and value["timing"][name] > 0 for name in TIMING)
+    assert [value["timing"][name] for name in COUNTS] == [0, 0]
 
 
 def test_format_json_is_json(generate: Run) -> None:
