@@ -141,3 +141,8 @@ class Stepping:
             raise UnsupportedError(f"there is no native step: {reason}", "nothing is to be done")
         threads = pick_threads(self.transformer, runtime.threads())
         return native.NativeStep(native_build.load(self.folder), self.transformer, threads)
+
+    @property
+    def library(self) -> native_build.Library | None:
+        """The native library, where a native step was packed."""
+        return self._native.library if self._native else None
