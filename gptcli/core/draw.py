@@ -20,8 +20,8 @@ from gptcli.core.sampling import COLDEST, History, filter_logits, noise_keys, sa
 from gptcli.core.settings import Sampling
 
 _Pointer, _Int, _Long = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
-# Numbers that are hashed together: an operator costs as much as some thousands of them.
-_NOISE_AT_ONCE = 1 << 15
+# What is hashed together: an operator costs as much as some thousands of numbers.
+_NUMBERS_AT_ONCE, _POSITIONS_AT_ONCE = 1 << 15, 16
 
 
 class Draw:
@@ -40,6 +40,8 @@ class Draw:
         self, logits: Tensor, seeds: Sequence[int], positions: Sequence[int], history: History | None = None
     ) -> Tensor:
         """As ``sample``; but the next draw may write over the ``[B]`` that comes back."""
+        if not len(logits) == len(seeds) == len(positions):
+            raise ValueError(f"{len(seeds)} seeds and {len(positions)} positions for {len(logits)} rows")
         if logits.device.type != "cpu":
             return sample(logits, self._sampling, seeds, positions, history)
         if self._native is not None:
@@ -109,7 +111,7 @@ class _Noise:
             if follow and 0 <= ahead < len(self._made):
                 return self._made[ahead]
         self._seeds, self._positions = list(seeds), list(positions)
-        self._make(max(1, _NOISE_AT_ONCE // (len(seeds) * size)), size)
+        self._make(min(max(1, _NUMBERS_AT_ONCE // (len(seeds) * size)), _POSITIONS_AT_ONCE), size)
         return self._made[0]
 
     def _make(self, count: int, size: int) -> None:
@@ -161,8 +163,6 @@ class _NativeDraw:
     def __call__(self, logits: Tensor, seeds: Sequence[int], positions: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         """The tokens ``[B]``, and which of them are certain; None where all are."""
         rows, size = logits.shape
-        if not rows == len(seeds) == len(positions):
-            raise ValueError(f"{len(seeds)} seeds and {len(positions)} positions for {rows} rows")
         if logits.dtype != torch.float32:
             logits = logits.float()
         if logits.stride(1) != 1:
