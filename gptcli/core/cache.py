@@ -37,6 +37,7 @@ class KVCache:
     Attributes:
         keys, values: one ``[B, K, capacity, D]`` tensor a layer.
         lengths: tokens held by each row. Kept on the host, so that no device is ever asked.
+        moves: how often other tensors have taken the place of ``keys`` and ``values``.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class KVCache:
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.layers)]
         self.lengths = [0] * batch
         self.capacity = capacity
+        self.moves = 0
         self._positions: Tensor | None = None  # [B, T] of the tokens that are being added, where rows differ
 
     def begin(self, ids: Tensor) -> tuple[Tensor, Mask]:
@@ -105,6 +107,7 @@ class KVCache:
                 tensors[layer] = old.new_zeros(batch, heads, capacity, dim)
                 tensors[layer][:, :, :held] = old
         self.capacity = capacity
+        self.moves += 1
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep these rows, in this order; a row may stand several times (samples that share a prompt)."""
@@ -112,3 +115,4 @@ class KVCache:
         self.keys = [keys.index_select(0, index) for keys in self.keys]
         self.values = [values.index_select(0, index) for values in self.values]
         self.lengths = [self.lengths[row] for row in rows]
+        self.moves += 1

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from gptcli.core.sampling import History, filter_logits, gumbel_noise, noise_keys, sample
-from gptcli.core.settings import Sampling
+from gptcli.core.draw import Draw
+from gptcli.core.sampling import History, filter_logits, gumbel_noise, noise_keys
 
 if TYPE_CHECKING:
     from gptcli.core.decode import Decoder
@@ -194,20 +194,19 @@ class Ahead:
 
     def draw(
         self,
+        plain: Draw,
         logits: Tensor,
-        sampling: Sampling,
         seeds: Sequence[int],
         positions: Sequence[int],
         history: History | None = None,
     ) -> Tensor:
-        """As ``sample``; but where a guess was drawn from a distribution of its own, by the rule for those."""
+        """As ``plain`` does; but where a guess was drawn from a distribution of its own, by the rule for those."""
         filtered = self._proposal.filtered
         if filtered is None or self._place == len(self._proposal.tokens):
-            return sample(logits, sampling, seeds, positions, history)
-        target = filter_logits(logits, sampling, history)[0]
-        token = accept_or_draw(
-            target, filtered[self._place], self._proposal.tokens[self._place], seeds[0], positions[0]
-        )
+            return plain(logits, seeds, positions, history)
+        target = filter_logits(logits, plain.sampling, history)[0]
+        guess = self._proposal.tokens[self._place]
+        token = accept_or_draw(target, filtered[self._place], guess, seeds[0], positions[0])
         return torch.tensor([token], device=logits.device)
 
     def _settle(self) -> None:

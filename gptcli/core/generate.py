@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -15,7 +16,8 @@ from gptcli.core.build import Model
 from gptcli.core.decode import Decoder
 from gptcli.core.draft import Ahead, Lookup
 from gptcli.core.draft_model import DraftModel
-from gptcli.core.sampling import History, sample
+from gptcli.core.draw import Draw
+from gptcli.core.sampling import History
 from gptcli.core.settings import Sampling
 from gptcli.errors import CorruptError, LimitError, UsageError
 from gptcli.text.stops import Stops
@@ -173,11 +175,10 @@ def generate(
     start = time.perf_counter()
     plain = Decoder(model.transformer, model.stepping)
     decoder: Decoder | Ahead = plain
-    draw = sample
+    ahead = None
     if len(rows) == 1 and (draft or lookup):
         drafter = DraftModel(draft, sampling, rows[0].request.seed) if draft else Lookup()
         decoder = ahead = Ahead(plain, drafter, timing)
-        draw = ahead.draw
     logits = decoder.prefill([row.window for row in rows], _capacity(model, rows))
     runtime.synchronize(model.device)
     timing.prefill_seconds += time.perf_counter() - start
@@ -185,16 +186,19 @@ def generate(
     history = None
     if sampling.looks_back:
         history = History([row.request.prompt for row in rows], model.config.vocab_size, model.device)
+    plain_draw = Draw(sampling, model.stepping.library)
+    draw: Callable[..., Tensor] = partial(ahead.draw, plain_draw) if ahead else plain_draw
+    seeds = [row.request.seed for row in rows]
     while True:
         start = time.perf_counter()
-        drawn = draw(logits, sampling, [row.request.seed for row in rows], [row.position for row in rows], history)
+        drawn = draw(logits, seeds, [row.position for row in rows], history)
         tokens = drawn.tolist()
-        reports = _report(logits, drawn, logprobs)
+        reports = None if logprobs is None else _report(logits, drawn, logprobs)
         timing.decode_seconds += time.perf_counter() - start
         timing.decoded_tokens += len(rows)
         kept = []
         for place, (row, token) in enumerate(zip(rows, tokens, strict=True)):
-            step = row.take(token, *reports[place], slide=slide)
+            step = row.take(token, *(reports[place] if reports else (None, ())), slide=slide)
             yield step
             if step.finish is None:
                 kept.append(place)
@@ -203,6 +207,7 @@ def generate(
         start = time.perf_counter()
         if len(kept) < len(rows):
             rows = [rows[place] for place in kept]
+            seeds = [row.request.seed for row in rows]
             drawn = drawn[torch.tensor(kept, device=drawn.device)]
             decoder.select(kept)
             if history:
@@ -272,10 +277,8 @@ def _capacity(model: Model, rows: Sequence[_Row]) -> int:
     return min(max(len(row.window) + limit for row, limit in zip(rows, limits, strict=True)), model.config.context)
 
 
-def _report(logits: Tensor, drawn: Tensor, count: int | None) -> list[tuple[Choice | None, tuple[Choice, ...]]]:
-    """For each row the chosen token's log-probability and the ``count`` likeliest tokens; nothing for None."""
-    if count is None:
-        return [(None, ())] * len(drawn)
+def _report(logits: Tensor, drawn: Tensor, count: int) -> list[tuple[Choice, tuple[Choice, ...]]]:
+    """For each row the chosen token's log-probability and the ``count`` likeliest tokens."""
     logprobs = logits.float().log_softmax(-1)
     chosen = logprobs.gather(1, drawn[:, None])[:, 0].tolist()  # [B]
     best = logprobs.topk(min(count, logprobs.shape[-1]), dim=-1)

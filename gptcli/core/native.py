@@ -63,6 +63,7 @@ class NativeStep:
         self.packed_bytes = self._packing.bytes
         self._model = self._packing.model(transformer, threads)
         self._lock = threading.Lock()  # the library's workspace is one for all
+        self._places: _Places | None = None
         self._open()
 
     def _open(self) -> None:
@@ -103,17 +104,16 @@ class NativeStep:
         lengths = cache.lengths
         self._check(ids, counts, cache)
         logits = torch.empty(len(ids), self._config.vocab_size)
-        pointers, numbers = _Pointer * self._config.layers, _Long * len(counts)
+        numbers = _Long * len(counts)
         with self._lock:
             if self._process != os.getpid():  # a fork takes the memory along, but not the threads
                 self._closing.detach()
                 self._open()
+            if self._places is None or not self._places.of(cache):
+                self._places = _Places(cache)
             done = self._functions.gptcli_step(
                 *(self._handle, len(counts), numbers(*counts), (_Long * len(ids))(*ids), numbers(*lengths)),
-                TYPES[DTYPES[cache.keys[0].dtype]],
-                pointers(*[keys.data_ptr() for keys in cache.keys]),
-                pointers(*[values.data_ptr() for values in cache.values]),
-                *(cache.capacity, logits.data_ptr()),
+                *(self._places.type, self._places.keys, self._places.values, cache.capacity, logits.data_ptr()),
             )
         if not done:
             raise ResourceError("there is not enough memory for a step", "use fewer rows")
@@ -135,6 +135,20 @@ class NativeStep:
             raise IndexError(f"position {longest - 1}, and the model has {config.context}")
         if not 0 <= min(ids) <= max(ids) < config.vocab_size:
             raise IndexError(f"one of the tokens {ids}, and the model has {config.vocab_size}")
+
+
+class _Places:
+    """Where the tensors of a cache are, as the library is told, for as long as the cache has not got others."""
+
+    def __init__(self, cache: KVCache) -> None:
+        pointers = _Pointer * len(cache.keys)
+        self.keys = pointers(*[keys.data_ptr() for keys in cache.keys])
+        self.values = pointers(*[values.data_ptr() for values in cache.values])
+        self.type = TYPES[DTYPES[cache.keys[0].dtype]]
+        self._cache, self._moves = weakref.ref(cache), cache.moves
+
+    def of(self, cache: KVCache) -> bool:
+        return self._cache() is cache and self._moves == cache.moves
 
 
 class NativeMatrix:

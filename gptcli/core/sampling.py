@@ -17,7 +17,7 @@ from gptcli.core.settings import Sampling
 
 _BITS = 0xFFFFFFFF
 # A temperature below this is as good as 0, and float32 could not divide by it.
-_COLDEST = 1e-30
+COLDEST = 1e-30
 
 
 class History:
@@ -59,7 +59,7 @@ def filter_logits(logits: Tensor, sampling: Sampling, history: History | None = 
         logits = logits.index_add(1, index, bias.expand(len(logits), -1))
     if sampling.temperature == 0:
         return logits
-    logits = logits / max(sampling.temperature, _COLDEST)
+    logits = logits / max(sampling.temperature, COLDEST)
     if 0 < sampling.top_k < logits.shape[-1]:
         least = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < least, -math.inf)

@@ -157,3 +157,8 @@ class Stepping:
             return logits[0]
 
         return several, False
+
+    @property
+    def library(self) -> native_build.Library | None:
+        """The native library, where a native step was packed."""
+        return self._native.library if self._native else None

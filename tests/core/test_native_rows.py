@@ -14,7 +14,7 @@ from gptcli.core.native import NativeMatrix, NativeStep
 from gptcli.core.native_build import Library
 from gptcli.errors import LimitError
 from tests.core.test_model import CONFIGS, some_ids, visible_model
-from tests.core.test_native import KINDS, Quantized, in_kind, library, plain, some_cache  # noqa: F401  (fixtures)
+from tests.core.test_native import KINDS, Quantized, in_kind, library, some_cache  # noqa: F401  (fixtures)
 
 MODELS = {name: CONFIGS[name] for name in ("gpt2", "llama-like")}
 every_model = pytest.mark.parametrize("name", MODELS)

@@ -773,6 +773,8 @@ private:
     Crew crew;                                                         // last: it ends before what it works on
 };
 
+#include "draw.h"
+
 }  // namespace
 
 #ifndef GPTCLI_BUILT
@@ -828,4 +830,21 @@ GPTCLI_API void gptcli_multiply(const Matrix* m, int32_t batch, const float* x, 
     in.room(batch, m->columns);
     in.take(x, m->columns, batch, *m);
     multiply(*m, 0, m->rows / LANES, in, batch, [&](int b, int i, Floats out) { store(y + size_t(b) * m->rows + i, out); });
+}
+
+// A token for each of the rows [batch, vocab], ``stride`` numbers apart, or -1 where the caller has to decide: by the
+// rules of a chain, or without one the likeliest. Returns how many it gave.
+GPTCLI_API int32_t gptcli_draw(int32_t batch, int32_t vocab, int64_t stride, const float* logits, const draw::Chain* chain,
+                               const uint64_t* seeds, const int64_t* positions, int64_t* tokens) {
+    thread_local draw::Row row;
+    int32_t given = 0;
+    for (int32_t b = 0; b < batch; b++) try {
+            tokens[b] = draw::UNDECIDED;
+            if (!chain) tokens[b] = draw::likeliest(logits + b * stride, vocab);
+            else if (row.take(logits + b * stride, vocab, chain->temperature))
+                tokens[b] = draw::sampled(row, *chain, {seeds[b], positions[b]});
+            given += tokens[b] != draw::UNDECIDED;
+        } catch (const std::bad_alloc&) {
+        }
+    return given;
 }
