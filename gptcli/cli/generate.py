@@ -81,6 +81,7 @@ def generate(
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     quantize: options.Quantize = "none",
+    compile: options.Compile = False,
     threads: options.Threads = None,
     offline: options.Offline = False,
 ) -> None:
@@ -114,7 +115,8 @@ def generate(
 
     from gptcli.cli.opening import open_for_inference
 
-    loaded = open_for_inference(model, out, device=device, dtype=dtype, quantize=quantize, threads=threads)
+    asked = {"device": device, "dtype": dtype, "quantize": quantize}
+    loaded = open_for_inference(model, out, **asked, threads=threads, compile=compile)
     from gptcli.core import runtime
     from gptcli.core.generate import Timing
 
@@ -141,7 +143,7 @@ def generate(
     else:
         shown = out.on_terminal if echo is None else echo
         _write_text(out, job, runs, echo=shown, stream=stream)
-    out.detail(loaded.stepping.told)
+    (out.note if loaded.stepping.fell_back else out.detail)(loaded.stepping.tell())
     if stats:
         _tell_stats(out, job, runs)
 

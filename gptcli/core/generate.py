@@ -168,11 +168,21 @@ def generate(
     history = None
     if sampling.looks_back:
         history = History([row.request.prompt for row in rows], model.config.vocab_size, model.device)
+    start = time.perf_counter()
+    seeds, positions = [row.request.seed for row in rows], [row.position for row in rows]
+    loop = decoder.draw_on_device(logits, sampling, seeds, positions, history, ahead=logprobs is None)
+    timing.decode_seconds += time.perf_counter() - start
     while True:
         start = time.perf_counter()
-        drawn = sample(logits, sampling, [row.request.seed for row in rows], [row.position for row in rows], history)
-        tokens = drawn.tolist()
-        reports = _report(logits, drawn, logprobs)
+        if loop is not None:
+            tokens = loop.next()
+            if logprobs is not None:
+                logits, drawn = loop.drawn()
+        else:
+            seeds, positions = [row.request.seed for row in rows], [row.position for row in rows]
+            drawn = sample(logits, sampling, seeds, positions, history)
+            tokens = drawn.tolist()
+        reports = _report(logits, drawn, logprobs) if logprobs is not None else [(None, ())] * len(rows)
         timing.decode_seconds += time.perf_counter() - start
         timing.decoded_tokens += len(rows)
         kept = []
@@ -186,15 +196,16 @@ def generate(
         start = time.perf_counter()
         if len(kept) < len(rows):
             rows = [rows[place] for place in kept]
-            drawn = drawn[torch.tensor(kept, device=drawn.device)]
             decoder.select(kept)
-            if history:
-                history.select(kept)
-        if history:
+            if loop is None:
+                drawn = drawn[torch.tensor(kept, device=drawn.device)]
+                if history:
+                    history.select(kept)
+        if loop is None and history:
             history.add(drawn)
         if any(row.slid for row in rows):
-            logits = decoder.prefill([row.window for row in rows], _capacity(model, rows))
-        else:
+            logits = decoder.prefill_again([row.window for row in rows], _capacity(model, rows))
+        elif loop is None:
             logits = decoder.step(drawn)
         timing.decode_seconds += time.perf_counter() - start
 
@@ -255,10 +266,8 @@ def _capacity(model: Model, rows: Sequence[_Row]) -> int:
     return min(max(len(row.window) + limit for row, limit in zip(rows, limits, strict=True)), model.config.context)
 
 
-def _report(logits: Tensor, drawn: Tensor, count: int | None) -> list[tuple[Choice | None, tuple[Choice, ...]]]:
-    """For each row the chosen token's log-probability and the ``count`` likeliest tokens; nothing for None."""
-    if count is None:
-        return [(None, ())] * len(drawn)
+def _report(logits: Tensor, drawn: Tensor, count: int) -> list[tuple[Choice | None, tuple[Choice, ...]]]:
+    """For each row the chosen token's log-probability and the ``count`` likeliest tokens."""
     logprobs = logits.float().log_softmax(-1)
     chosen = logprobs.gather(1, drawn[:, None])[:, 0].tolist()  # [B]
     best = logprobs.topk(min(count, logprobs.shape[-1]), dim=-1)
