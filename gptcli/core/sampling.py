@@ -67,7 +67,7 @@ def filter_logits(
         probabilities = ordered.softmax(-1)
         before = probabilities.cumsum(-1) - probabilities
         beyond = before >= sampling.top_p
-        beyond[:, 0] = False
+        beyond[:, :1].fill_(False)
         logits = logits.masked_fill(beyond.scatter(1, index, beyond), -math.inf)
     if sampling.min_p > 0:
         least = logits.max(-1, keepdim=True).values + math.log(sampling.min_p)

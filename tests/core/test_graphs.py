@@ -6,10 +6,12 @@ import gc
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gptcli.core import graphs
 from gptcli.core.build import Model, open_model
@@ -244,6 +246,33 @@ def test_quantized_models_run_in_a_loop(kind: str) -> None:
     for _ in range(9):
         tokens.append(decoder.step(tokens[-1]).argmax(-1))
     assert [loop.next() for _ in range(10)] == [token.tolist() for token in tokens]
+
+
+class AsksNothing(TorchDispatchMode):
+    """Refuses what makes a device wait for the host or the host for a device, which no graph can hold."""
+
+    ASKING = ("item", "_local_scalar_dense", "nonzero", "lift_fresh", "masked_select", "is_nonzero", "equal", "unique")
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function.overloadpacket.__name__
+        assert name not in self.ASKING, f"{name} within a captured step"
+        if name in ("index", "index_put", "index_put_"):
+            assert all(index is None or index.dtype is torch.int64 for index in args[1])
+        return function(*args, **(kwargs or {}))
+
+
+@every_config
+@pytest.mark.parametrize("sampling", CHAINS.values(), ids=CHAINS.keys())
+@torch.no_grad()
+def test_a_step_asks_nothing_of_the_host(config: ModelConfig, sampling: Sampling) -> None:
+    transformer = visible_model(config)
+    loop = DeviceLoop(transformer, sampling, 2, 16)
+    started(transformer, loop, [[1, 2, 3], [4]])
+    static = StaticCache(loop._cache, 16, loop._lengths, 16)
+    with AsksNothing():
+        loop._step(static)
+    with pytest.raises(AssertionError, match="within a captured step"), AsksNothing():
+        loop._lengths.max().item()
 
 
 def test_only_cuda_and_more_than_a_few_tokens_pay() -> None:
