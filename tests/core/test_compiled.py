@@ -69,8 +69,13 @@ def test_a_compiler_that_fails_is_no_requirement(
 
 
 def test_each_variant_is_compiled_once(transformer: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = []
-    monkeypatch.setattr(torch, "compile", lambda function, **options: made.append(options) or function)
+    made: list[dict[str, Any]] = []
+
+    def noted(function: Any, **options: Any) -> Any:
+        made.append(options)
+        return function
+
+    monkeypatch.setattr(torch, "compile", noted)
     stepping = Stepping(transformer, compile=True)
     for _ in range(2):
         text(transformer, stepping)
