@@ -85,6 +85,7 @@ def generate(
         str | None,
         typer.Option("--draft-model", metavar="MODEL", help="A smaller model that guesses ahead; none: no guessing."),
     ] = None,
+    compile: options.Compile = False,
     threads: options.Threads = None,
     offline: options.Offline = False,
 ) -> None:
@@ -118,12 +119,13 @@ def generate(
 
     from gptcli.cli.opening import open_for_inference
 
-    loaded = open_for_inference(model, out, device=device, dtype=dtype, quantize=quantize, threads=threads)
+    asked: dict[str, Any] = {"device": device, "dtype": dtype, "quantize": quantize, "threads": threads}
+    loaded = open_for_inference(model, out, **asked, compile=compile)
     draft = None
     if draft_model not in (None, "none"):
         from gptcli.core.draft_model import check_pair
 
-        draft = open_for_inference(draft_model, out, device=device, dtype=dtype, quantize=quantize, threads=threads)
+        draft = open_for_inference(draft_model, out, **asked)
         check_pair(loaded, draft)
     from gptcli.core import runtime
     from gptcli.core.generate import Timing
@@ -153,7 +155,7 @@ def generate(
     else:
         shown = out.on_terminal if echo is None else echo
         _write_text(out, job, runs, echo=shown, stream=stream)
-    out.detail(loaded.stepping.told)
+    (out.note if loaded.stepping.fell_back else out.detail)(loaded.stepping.tell())
     if job.timing.drafted_tokens:
         out.detail(f"{job.drafted}, {f'by {draft.name}' if draft else 'by looking them up in the text'}")
     if stats:

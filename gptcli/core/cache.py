@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -11,8 +12,9 @@ from torch import Tensor
 from gptcli.errors import LimitError
 from gptcli.spec.config import ModelConfig
 
-# Who sees whom: "causal" where the queries are the whole sequence, None for one query that sees all there is, or a
-# boolean mask [B or 1, 1, T, S] in which True may be seen.
+# Who sees whom: "causal" where the queries are the last T of the S tokens and each sees all up to itself, None for one
+# query that sees all there is, or a mask [B or 1, 1, T, S]: a boolean one in which True may be seen, or numbers in the
+# queries' type that are added to the scores.
 Mask = Tensor | Literal["causal"] | None
 
 
@@ -71,6 +73,8 @@ class KVCache:
                 return positions, "causal"
             if count == 1:
                 return positions, None
+            if ids.device.type == "cuda":
+                return positions, "causal"  # which its kernels need no mask for
         else:
             starts = torch.tensor(self.lengths, device=ids.device)
             positions = self._positions = starts[:, None] + steps
@@ -116,3 +120,45 @@ class KVCache:
         self.values = [values.index_select(0, index) for values in self.values]
         self.lengths = [self.lengths[row] for row in rows]
         self.moves += 1
+
+
+class StaticCache:
+    """A KV cache as a captured step sees it: fixed memory, and a host that knows nothing of what changes in it.
+
+    It stands in for a ``KVCache`` whose tensors it reads and writes, one token a row and step. How many tokens each row
+    holds is a tensor on the device, which a step reads and advances itself; so every step is the same work, whatever
+    the lengths: attention reads ``seen`` places of each row, and a mask hides those that hold nothing yet.
+
+    A row that is full is written at its last place again and again, which only happens to rows that nobody reads.
+    """
+
+    def __init__(self, cache: KVCache, seen: int, lengths: Tensor, most: int) -> None:
+        """Of the first ``seen`` places of ``cache``; ``lengths`` is ``[B]`` int64, and no row gets beyond ``most``."""
+        self.keys = [keys.narrow(2, 0, seen) for keys in cache.keys]
+        self.values = [values.narrow(2, 0, seen) for values in cache.values]
+        self.lengths = lengths
+        self._last = min(seen, most) - 1
+        self._at = lengths  # the place of the token that is being added
+        self._rows = torch.arange(len(lengths), device=lengths.device)
+        self._places = torch.arange(seen, device=lengths.device)
+
+    def begin(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The positions ``[B, 1]`` of the ids ``[B, 1]``, and the mask ``[B, 1, 1, S]``, which is added to scores."""
+        if ids.shape[1] != 1:
+            raise ValueError(f"a captured step is one token a row, not {ids.shape[1]}")
+        self._at = self.lengths.clamp(max=self._last)
+        positions = self._at[:, None]
+        # Numbers rather than booleans, which every layer would turn into numbers anew.
+        mask = torch.zeros(len(ids), len(self._places), device=ids.device, dtype=self.keys[0].dtype)
+        return positions, mask.masked_fill_(self._places > positions, -math.inf)[:, None, None]
+
+    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Write one layer's ``[B, K, 1, D]``; all ``seen`` places of that layer come back, ``[B, K, S, D]``."""
+        keys, values = self.keys[layer], self.values[layer]
+        keys[self._rows, :, self._at] = key[:, :, 0].to(keys.dtype)
+        values[self._rows, :, self._at] = value[:, :, 0].to(values.dtype)
+        return keys, values
+
+    def advance(self, count: int) -> None:
+        """All layers have written ``count`` tokens."""
+        self.lengths.add_(count)

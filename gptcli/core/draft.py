@@ -156,13 +156,19 @@ class Ahead:
         self._place = 0  # tokens of the proposal that are in the text
 
     @torch.inference_mode()
-    def prefill(self, prompts: Sequence[Sequence[int]], capacity: int) -> Tensor:
-        """As ``Decoder.prefill``."""
+    def begin(self, ids: Sequence[int], capacity: int) -> None:
+        """The decoder was just filled with this text, which may grow to about ``capacity`` tokens."""
         self._settle()
         self._several = None
         if self._drafter:
-            self._drafter.start(prompts[0], capacity)
-        return self._decoder.prefill(prompts, capacity)
+            self._drafter.start(ids, capacity)
+
+    def prefill_again(self, prompts: Sequence[Sequence[int]], capacity: int) -> Tensor:
+        """As ``Decoder.prefill_again``."""
+        self._settle()
+        logits = self._decoder.prefill_again(prompts, capacity)
+        self.begin(prompts[0], capacity)
+        return logits
 
     @torch.inference_mode()
     def step(self, tokens: Tensor) -> Tensor:

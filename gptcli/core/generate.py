@@ -17,6 +17,7 @@ from gptcli.core.decode import Decoder
 from gptcli.core.draft import Ahead, Lookup
 from gptcli.core.draft_model import DraftModel
 from gptcli.core.draw import Draw
+from gptcli.core.graphs import DeviceLoop
 from gptcli.core.sampling import History
 from gptcli.core.settings import Sampling
 from gptcli.errors import CorruptError, LimitError, UsageError
@@ -173,27 +174,35 @@ def generate(
     if not rows:
         return
     start = time.perf_counter()
-    plain = Decoder(model.transformer, model.stepping)
-    decoder: Decoder | Ahead = plain
-    ahead = None
-    if len(rows) == 1 and (draft or lookup):
-        drafter = DraftModel(draft, sampling, rows[0].request.seed) if draft else Lookup()
-        decoder = ahead = Ahead(plain, drafter, timing)
-    logits = decoder.prefill([row.window for row in rows], _capacity(model, rows))
+    decoder: Decoder | Ahead
+    decoder = plain = Decoder(model.transformer, model.stepping)
+    capacity = _capacity(model, rows)
+    logits = plain.prefill([row.window for row in rows], capacity)
     runtime.synchronize(model.device)
     timing.prefill_seconds += time.perf_counter() - start
     check_finite(model, logits)
     history = None
     if sampling.looks_back:
         history = History([row.request.prompt for row in rows], model.config.vocab_size, model.device)
-    plain_draw = Draw(sampling, model.stepping.library)
-    draw: Callable[..., Tensor] = partial(ahead.draw, plain_draw) if ahead else plain_draw
-    seeds = [row.request.seed for row in rows]
+    start = time.perf_counter()
+    drawing: DeviceLoop | _Drawing | None = None
+    if draft is None:
+        seeds, positions = [row.request.seed for row in rows], [row.position for row in rows]
+        drawing = plain.draw_on_device(logits, sampling, seeds, positions, history, ahead=logprobs is None)
+    if drawing is None:
+        plain_draw = Draw(sampling, model.stepping.library)
+        draw: Callable[..., Tensor] = plain_draw
+        if len(rows) == 1 and (draft or lookup):
+            drafter = DraftModel(draft, sampling, rows[0].request.seed) if draft else Lookup()
+            decoder = ahead = Ahead(plain, drafter, timing)
+            ahead.begin(rows[0].window, capacity)
+            draw = partial(ahead.draw, plain_draw)
+        drawing = _Drawing(decoder, draw, logits, rows, history)
+    timing.decode_seconds += time.perf_counter() - start
     while True:
         start = time.perf_counter()
-        drawn = draw(logits, seeds, [row.position for row in rows], history)
-        tokens = drawn.tolist()
-        reports = None if logprobs is None else _report(logits, drawn, logprobs)
+        tokens = drawing.next()
+        reports = None if logprobs is None else _report(*drawing.drawn(), logprobs)
         timing.decode_seconds += time.perf_counter() - start
         timing.decoded_tokens += len(rows)
         kept = []
@@ -207,18 +216,58 @@ def generate(
         start = time.perf_counter()
         if len(kept) < len(rows):
             rows = [rows[place] for place in kept]
-            seeds = [row.request.seed for row in rows]
-            drawn = drawn[torch.tensor(kept, device=drawn.device)]
             decoder.select(kept)
-            if history:
-                history.select(kept)
-        if history:
-            history.add(drawn)
+            if isinstance(drawing, _Drawing):  # the decoder has told its own loop
+                drawing.select(kept)
         if any(row.slid for row in rows):
-            logits = decoder.prefill([row.window for row in rows], _capacity(model, rows))
-        else:
-            logits = decoder.step(drawn)
+            logits = decoder.prefill_again([row.window for row in rows], _capacity(model, rows))
+            if isinstance(drawing, _Drawing):
+                drawing.refill(logits)
         timing.decode_seconds += time.perf_counter() - start
+
+
+class _Drawing:
+    """Draws the next token of each row and steps the decoder with it; ``DeviceLoop`` does both on the device."""
+
+    def __init__(
+        self,
+        decoder: Decoder | Ahead,
+        draw: Callable[..., Tensor],
+        logits: Tensor,
+        rows: Sequence[_Row],
+        history: History | None,
+    ) -> None:
+        """After the ``logits`` ``[B, V]`` of a prefill."""
+        self._decoder, self._draw, self._logits, self._history = decoder, draw, logits, history
+        self._seeds, self._positions = [row.request.seed for row in rows], [row.position for row in rows]
+        self._drawn: Tensor | None = None  # what the decoder has not seen yet
+
+    def next(self) -> list[int]:
+        """The next token of each row."""
+        if self._drawn is not None:
+            self._logits = self._decoder.step(self._drawn)
+        self._drawn = self._draw(self._logits, self._seeds, self._positions, self._history)
+        self._positions = [position + 1 for position in self._positions]
+        if self._history is not None:
+            self._history.add(self._drawn)
+        return self._drawn.tolist()
+
+    def drawn(self) -> tuple[Tensor, Tensor]:
+        """The logits ``[B, V]`` behind the last tokens, and these, ``[B]``."""
+        assert self._drawn is not None
+        return self._logits, self._drawn
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Go on with these rows only."""
+        self._seeds, self._positions = [self._seeds[row] for row in rows], [self._positions[row] for row in rows]
+        if self._drawn is not None:
+            self._drawn = self._drawn[torch.tensor(rows, device=self._drawn.device)]
+        if self._history is not None:
+            self._history.select(rows)
+
+    def refill(self, logits: Tensor) -> None:
+        """The decoder has read what is left of each text, the last tokens with it."""
+        self._logits, self._drawn = logits, None
 
 
 class _Row:

@@ -120,7 +120,7 @@ def measure_load(folder: Path, model: Model, rounds: int) -> Figure:
 
     def load() -> None:
         asked = {"device": str(model.device), "dtype": model.dtype_name, "quantize": model.quantize}
-        opened = open_model(folder, model.tokenizer, name=model.name, native=model.native, **asked)
+        opened = open_model(folder, model.tokenizer, name=model.name, native=model.native, compile=False, **asked)
         _touch(opened.transformer)
         runtime.synchronize(model.device)
 

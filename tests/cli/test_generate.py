@@ -537,3 +537,24 @@ def test_without_the_vocabulary_it_says_what_to_do(run: Run, tmp_path: Path, mon
     assert done.code == 3
     assert b"has no tokenizer.json" in done.err
     assert b"TIKTOKEN_CACHE_DIR" in done.err
+
+
+def test_compiled_steps_make_the_same_text(run: Run, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a compiler that gives back what it was given: the real one is tried in tests/core/test_compiled.py."""
+    import torch
+
+    asked = ("generate", "Once", "-m", str(tiny_folder), "-n", "20", "-t", "0", "--ignore-eos")
+    plain = run(*asked)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    done = run(*asked, "--compile", "-v")
+    assert (done.code, done.out) == (plain.code, plain.out)
+    assert b"the step is compiled when the first token is made" in done.err
+    assert b"compiled steps" in done.err
+
+    def broken(function: object, **options: object) -> object:
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    fallen = run(*asked, "--compile")
+    assert (fallen.code, fallen.out) == (plain.code, plain.out)
+    assert b"steps could not be compiled: no compiler here" in fallen.err
