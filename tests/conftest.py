@@ -7,8 +7,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from gptcli.core.native_build import Library
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "data" / "golden"
@@ -102,6 +106,20 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     except ResourceError as error:
         pytest.skip(f"no native step here: {error.message}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def plain(tmp_path_factory: pytest.TempPathFactory, built: Path) -> Library:
+    """A native library for a CPU that has nothing special: the ways that this one does not take."""
+    from gptcli.core import native_build, runtime
+
+    folder = tmp_path_factory.mktemp("plain")
+    with pytest.MonkeyPatch.context() as patch:
+        less = {"x86_64": "-march=x86-64-v3"}.get(runtime.machine(), "-O2")
+        patch.setattr(native_build, "flags", lambda: (*native_build.FLAGS, less))
+        library = native_build.build(folder)
+    assert "VNNI" not in library.features
+    return library
 
 
 def tiny_tokenizer() -> bytes:

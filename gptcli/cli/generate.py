@@ -66,6 +66,11 @@ def generate(
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     quantize: options.Quantize = "none",
+    draft_model: Annotated[
+        str | None,
+        typer.Option("--draft-model", metavar="MODEL", help="A smaller model that guesses ahead; none: no guessing."),
+    ] = None,
+    compile: options.Compile = False,
     threads: options.Threads = None,
     offline: options.Offline = False,
     warm: Warm = None,
@@ -98,7 +103,8 @@ def generate(
     else:
         prompts = list(_read_batch(batch, errors))
 
-    runner = open_runner(model, out, warm=warm, device=device, dtype=dtype, quantize=quantize, threads=threads)
+    how: dict[str, Any] = {"device": device, "dtype": dtype, "quantize": quantize, "threads": threads}
+    runner = open_runner(model, out, warm=warm, compile=compile, draft=draft_model, **how)
     from gptcli.core.requests import Timing
 
     options.check_biases(sampling.logit_bias, runner.name, runner.vocab_size)
@@ -121,7 +127,10 @@ def generate(
     else:
         shown = out.on_terminal if echo is None else echo
         _write_text(out, job, runs, echo=shown, stream=stream)
-    out.detail(runner.told)
+    (out.note if runner.fell_back else out.detail)(runner.told)
+    if job.timing.drafted_tokens:
+        by = f"by {runner.draft_name}" if runner.draft_name else "by looking them up in the text"
+        out.detail(f"{job.drafted}, {by}")
     if stats:
         _tell_stats(out, job, runs)
 
@@ -172,6 +181,11 @@ class _Job:
     logprobs: int | None
     timing: Timing
 
+    @property
+    def drafted(self) -> str:
+        """How many tokens were guessed, and how many rightly."""
+        return f"{self.timing.drafted_tokens:,} tokens were drafted and {self.timing.accepted_tokens:,} accepted"
+
     def steps(self, runs: Sequence[_Run], timing: Timing) -> Iterator[Step]:
         """Decode some runs together, keeping their answers up to date."""
         from gptcli.core.requests import Request
@@ -192,13 +206,16 @@ class _Job:
         self.timing.prefill_seconds += timing.prefill_seconds
         self.timing.decode_seconds += timing.decode_seconds
         self.timing.decoded_tokens += timing.decoded_tokens
+        self.timing.drafted_tokens += timing.drafted_tokens
+        self.timing.accepted_tokens += timing.accepted_tokens
 
     def groups(self, runs: Sequence[_Run], out: Output) -> Iterator[tuple[int, Sequence[_Run], Timing]]:
         """Decode all runs, some at a time; yields each group when it is done, or, after Ctrl-C, as far as it came."""
         from gptcli.core.requests import Timing
 
-        for first in range(0, len(runs), _ROWS_AT_ONCE):
-            group = runs[first : first + _ROWS_AT_ONCE]
+        at_once = 1 if self.runner.draft_name else _ROWS_AT_ONCE
+        for first in range(0, len(runs), at_once):
+            group = runs[first : first + at_once]
             timing = Timing()
             try:
                 for step in self.steps(group, timing):
@@ -229,6 +246,7 @@ def _as_json(job: _Job, run: _Run, timing: Timing, index: int | None) -> dict[st
         "tokens": run.tokens,
         "finish_reason": run.finish,
         "seed": run.seed,
+        **({"draft_model": runner.draft_name} if runner.draft_name else {}),
         **runner.used,
         "usage": {"prompt_tokens": len(run.prompt.ids), "completion_tokens": len(run.tokens)},
         "timing": {
@@ -236,6 +254,8 @@ def _as_json(job: _Job, run: _Run, timing: Timing, index: int | None) -> dict[st
             "prefill_seconds": timing.prefill_seconds,
             "decode_seconds": timing.decode_seconds,
             "tokens_per_second": timing.tokens_per_second,
+            "drafted_tokens": timing.drafted_tokens,
+            "accepted_tokens": timing.accepted_tokens,
         },
     }
     if job.logprobs is not None:
@@ -290,6 +310,7 @@ def _tell_stats(out: Output, job: _Job, runs: list[_Run]) -> None:
         f"{job.runner.name} ({used}): load {job.runner.load_seconds:.3f} s, "
         f"prompt {prompt:,} tokens in {timing.prefill_seconds:.3f} s, "
         f"text {made:,} tokens in {timing.decode_seconds:.3f} s, {timing.tokens_per_second:,.1f} tokens/s"
+        + (f", {job.drafted}" if timing.drafted_tokens else "")
     )
 
 

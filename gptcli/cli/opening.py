@@ -57,6 +57,7 @@ def open_for_inference(
     dtype: str = "auto",
     quantize: str = "none",
     threads: int | None = None,
+    compile: bool = False,
 ) -> Model:
     """Find and load a model; the tokenizer loads while torch is imported."""
     from concurrent.futures import ThreadPoolExecutor
@@ -69,7 +70,11 @@ def open_for_inference(
 
         runtime.set_threads(threads)
         asked = {"device": device, "dtype": dtype, "quantize": quantize}
-        model = open_model(found.folder, tokenizer.result(), name=found.name, native=native_cache(), **asked)
+        model = open_model(
+            found.folder, tokenizer.result(), name=found.name, native=native_cache(), compile=compile, **asked
+        )
+    if compile:
+        out.note("the step is compiled when the first token is made: that takes from seconds to minutes")
     bits = "" if model.quantize == "none" else f", its matrices in {model.quantize}"
     out.detail(f"{model.name} from {found.folder} on {model.device} in {model.dtype_name}{bits}")
     return model

@@ -39,6 +39,9 @@ Quantize = Annotated[
     str,
     typer.Option("--quantize", metavar="none|int8|int4", help="Keep the matrices in fewer bits: faster, less exact."),
 ]
+Compile = Annotated[
+    bool, typer.Option("--compile", help="Compile the step first: it takes up to minutes, and pays for long runs.")
+]
 Seed = Annotated[
     int | None, typer.Option("--seed", metavar="N", help="Same seed, same text; drawn and told if not set.")
 ]

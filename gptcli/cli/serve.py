@@ -84,7 +84,7 @@ def serve(
         files = fingerprint(found.folder)
         if address:
             sockets.append(_listen(*address))
-        asked = {"device": device, "dtype": dtype, "quantize": quantize}
+        asked: dict[str, Any] = {"device": device, "dtype": dtype, "quantize": quantize}
         loaded = open_for_inference(str(found.folder), out, threads=threads, **asked)
         loaded.name = found.name
         from gptcli.serve import inner, server

@@ -13,7 +13,7 @@ import typer
 
 from gptcli import __version__
 from gptcli.cli.out import Output
-from gptcli.errors import CheckError, GptcliError, UnsupportedError
+from gptcli.errors import CheckError, GptcliError, UnsupportedError, UsageError
 
 if TYPE_CHECKING:
     from gptcli.core.distribution import Continuation, Distribution
@@ -39,11 +39,15 @@ class Runner(Protocol):
     name: str
     used: dict[str, str]
     load_seconds: float
+    draft_name: str | None
     context: int
     vocab_size: int
 
     @property
     def told(self) -> str: ...
+
+    @property
+    def fell_back(self) -> bool: ...
 
     def prompt_ids(self, text: str, *, special: bool = False) -> list[int]: ...
 
@@ -84,24 +88,32 @@ def open_runner(
     quantize: str = "none",
     threads: int | None = None,
     timeout: float | None = None,
+    compile: bool = False,
+    draft: str | None = None,
 ) -> Runner:
     """A model for a command: the warm one if it is just what would be loaded, else loaded now.
 
     With ``warm`` true a process is started where none serves the model; with false none is looked for. ``threads``
     are this process's, so whoever asks for some is not served by another, unless by one that is started. Of a warm
     one each answer may take ``timeout`` seconds; else it is a LateError.
+
+    ``compile`` and ``draft`` (the name of a model, or ``none``) are of this command alone, so the model is loaded here.
     """
-    asked = {"device": device, "dtype": dtype, "quantize": quantize}
-    if warm or (warm is None and threads is None):
+    asked: dict[str, Any] = {"device": device, "dtype": dtype, "quantize": quantize}
+    drafting = draft not in (None, "none")
+    if warm and (compile or drafting):
+        raise UsageError("--compile and --draft-model need a model of their own", "leave out --warm")
+    if warm or (warm is None and threads is None and not compile and not drafting):
         found = find_warm(name, out, asked, start=bool(warm), threads=threads, timeout=timeout)
         if found is not None:
             return found
     from gptcli.cli.opening import open_for_inference
 
-    model = open_for_inference(name, out, threads=threads, **asked)
+    model = open_for_inference(name, out, threads=threads, compile=compile, **asked)
+    drafter = open_for_inference(draft, out, threads=threads, **asked) if drafting else None
     from gptcli.core.runner import LocalModel
 
-    return LocalModel(model)
+    return LocalModel(model, draft=drafter, lookup=draft is None)
 
 
 def find_warm(

@@ -12,11 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
 
 from gptcli.core.cache import Mask
 
 # Queries a block: small enough that what lies above the diagonal is mostly skipped, large enough for the matrix unit.
 _BLOCK = 128
+# Queries a block where a mask is made for each: small enough that the masks are small, however long the prompt.
+_QUERIES = 512
 # Patterns grow with the square of the length: beyond this they would take more memory than they save time.
 _LONGEST = 2048
 
@@ -27,7 +30,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
     Args:
         query: ``[B, H, T, D]``.
         key, value: ``[B, K, S, D]``, each shared by H/K heads.
-        mask: as ``Mask``; True may be seen.
+        mask: as ``Mask``.
 
     Returns:
         ``[B, H, T, D]``; the same numbers as ``gather(attention_pattern(...))`` within rounding.
@@ -37,6 +40,13 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
         query, key = query.to(value.dtype), key.to(value.dtype)
         gathered: Tensor = _BlockedCausal.apply(query, key, value)  # type: ignore[no-untyped-call]
         return gathered
+    if isinstance(mask, str) and query.shape[2] < key.shape[2]:
+        return _last_queries(query, key, value)
+    if query.shape[2] == 1 and query.shape[1] != key.shape[1]:
+        # Heads that share keys go as so many queries: one reading of the keys, by whichever kernel takes the mask.
+        shared = query.reshape(len(query), key.shape[1], -1, query.shape[3])  # [B, K, H/K, D]
+        mask = mask if isinstance(mask, Tensor) else None
+        return F.scaled_dot_product_attention(shared, key, value, attn_mask=mask).reshape(query.shape)
     return F.scaled_dot_product_attention(
         query,
         key,
@@ -47,12 +57,35 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
     )
 
 
+def _last_queries(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Causal attention of the last T of S tokens: a chunk of a long prompt.
+
+    torch's public function means the first T by causal; its flash kernel means the last, and needs no mask (torch's own
+    ``causal_lower_right`` relies on the same, but takes seconds to import). Where there is no such kernel, the queries
+    go some at a time, each block with a mask of its own and no more keys than it may see.
+    """
+    grouped = query.shape[1] != key.shape[1]
+    if query.is_cuda and query.shape[3] % 8 == 0:
+        asked = SDPAParams(query, key, value, None, 0.0, False, grouped)
+        if can_use_flash_attention(asked):
+            scale = 1 / math.sqrt(query.shape[3])
+            return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, True, scale=scale)[0]
+    count, before = query.shape[2], key.shape[2] - query.shape[2]
+    blocks = []
+    for start in range(0, count, _QUERIES):
+        end = min(start + _QUERIES, count)
+        mask = torch.ones(end - start, before + end, device=query.device, dtype=torch.bool).tril(before + start)
+        sides = query[:, :, start:end], key[:, :, : before + end], value[:, :, : before + end]
+        blocks.append(F.scaled_dot_product_attention(*sides, attn_mask=mask, enable_gqa=grouped))
+    return torch.cat(blocks, 2)
+
+
 def _in_blocks(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> bool:
     """Whether a gradient is wanted of plain causal attention on a CPU: what ``_BlockedCausal`` is for."""
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
     if query.shape[2] > _LONGEST:
         return False
-    return learns and isinstance(mask, str) and query.shape[1] == key.shape[1] and query.device.type == "cpu"
+    return learns and isinstance(mask, str) and query.shape[1:3] == key.shape[1:3] and query.device.type == "cpu"
 
 
 def causal_in_blocks(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -123,7 +156,7 @@ def attention_pattern(query: Tensor, key: Tensor, mask: Mask) -> Tensor:
     Args:
         query: ``[B, H, T, D]``.
         key: ``[B, K, S, D]``, each shared by H/K heads.
-        mask: as ``Mask``; True may be seen.
+        mask: as ``Mask``.
 
     Returns:
         ``[B, H, T, S]`` float32 weights, each row summing to 1. Source: Vaswani et al. 2017, section 3.2.1.
@@ -131,9 +164,10 @@ def attention_pattern(query: Tensor, key: Tensor, mask: Mask) -> Tensor:
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)  # [B, H, S, D]
     scores = query.float() @ key.float().transpose(-2, -1) / math.sqrt(query.shape[-1])
     if isinstance(mask, str):
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        before = scores.shape[-1] - scores.shape[-2]
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril(before)
     if isinstance(mask, Tensor):
-        scores = scores.masked_fill(~mask, -math.inf)
+        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype is torch.bool else scores + mask
     return scores.softmax(-1)
 
 

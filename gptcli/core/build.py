@@ -26,7 +26,7 @@ class Model:
     """A loaded model: what generates, scores and embeds.
 
     Its ``stepping`` keeps what makes its steps fast, so that a process that lives long prepares it once; ``native`` is
-    the folder of native libraries, None for none.
+    the folder of native libraries, None for none, and ``compile`` has torch compile the step.
     """
 
     name: str
@@ -38,10 +38,11 @@ class Model:
     load_seconds: float = 0.0
     quantize: str = "none"
     native: Path | None = None
+    compile: bool = False
     stepping: Stepping = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self.stepping = Stepping(self.transformer, self.native, lean=True)
+        self.stepping = Stepping(self.transformer, self.native, lean=True, compile=self.compile)
 
     @property
     def dtype_name(self) -> str:
@@ -62,6 +63,7 @@ def open_model(
     dtype: str = "auto",
     quantize: str = "none",
     native: Path | None = None,
+    compile: bool = False,
 ) -> Model:
     """Load a model folder for inference.
 
@@ -72,6 +74,7 @@ def open_model(
         device, dtype: as ``runtime.pick_device`` and ``runtime.pick_dtype`` take them.
         quantize: ``int8`` or ``int4`` keeps the matrices in so many bits (``core/quantize.py``); ``none`` as they are.
         native: the folder where ``native_build`` puts its libraries; None: steps are PyTorch's.
+        compile: have torch compile the step when the first is taken (``core/compiled.py``).
 
     Raises NotFoundError, CorruptError, UnsupportedError (the folder), ResourceError (the device, memory), UsageError
     (a name that is none of these, a device where nothing is quantized).
@@ -89,7 +92,7 @@ def open_model(
     if quantize != "none":
         quantize_(transformer, quantize)
     seconds = time.perf_counter() - start
-    return Model(name or folder.name, config, transformer, tokenizer, target, kind, seconds, quantize, native)
+    return Model(name or folder.name, config, transformer, tokenizer, target, kind, seconds, quantize, native, compile)
 
 
 def new_transformer(config: ModelConfig) -> Transformer:

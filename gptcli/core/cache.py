@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -11,8 +12,9 @@ from torch import Tensor
 from gptcli.errors import LimitError
 from gptcli.spec.config import ModelConfig
 
-# Who sees whom: "causal" where the queries are the whole sequence, None for one query that sees all there is, or a
-# boolean mask [B or 1, 1, T, S] in which True may be seen.
+# Who sees whom: "causal" where the queries are the last T of the S tokens and each sees all up to itself, None for one
+# query that sees all there is, or a mask [B or 1, 1, T, S]: a boolean one in which True may be seen, or numbers in the
+# queries' type that are added to the scores.
 Mask = Tensor | Literal["causal"] | None
 
 
@@ -38,6 +40,7 @@ class KVCache:
     Attributes:
         keys, values: one ``[B or more, K, capacity, D]`` tensor a layer.
         lengths: tokens held by each row. Kept on the host, so that no device is ever asked.
+        moves: how often other tensors have taken the place of ``keys`` and ``values``.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class KVCache:
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.layers)]
         self.lengths = [0] * batch
         self.capacity = capacity
+        self.moves = 0
         self._positions: Tensor | None = None  # [B, T] of the tokens that are being added, where rows differ
 
     def begin(self, ids: Tensor) -> tuple[Tensor, Mask]:
@@ -70,6 +74,8 @@ class KVCache:
                 return positions, "causal"
             if count == 1:
                 return positions, None
+            if ids.device.type == "cuda":
+                return positions, "causal"  # which its kernels need no mask for
         else:
             starts = torch.tensor(self.lengths, device=ids.device)
             positions = self._positions = starts[:, None] + steps
@@ -107,6 +113,7 @@ class KVCache:
                 tensors[layer] = old.new_zeros(batch, heads, capacity, dim)
                 tensors[layer][:, :, :held] = old
         self.capacity = capacity
+        self.moves += 1
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep these rows, in this order; a row may stand several times (samples that share a prompt)."""
@@ -114,6 +121,7 @@ class KVCache:
         self.keys = [keys.index_select(0, index) for keys in self.keys]
         self.values = [values.index_select(0, index) for values in self.values]
         self.lengths = [self.lengths[row] for row in rows]
+        self.moves += 1
 
     def join(self, other: KVCache) -> None:
         """Add another cache's rows behind the ones here, with room for theirs and twice as many rows if need be."""
@@ -124,6 +132,7 @@ class KVCache:
         for mine, theirs in ((self.keys, other.keys), (self.values, other.values)):
             for layer, old in enumerate(mine):
                 if rows > places:
+                    self.moves += 1
                     mine[layer] = old.new_zeros(max(rows, 2 * places), *old.shape[1:])
                     mine[layer][:places] = old
                 mine[layer][len(self.lengths) : rows, :, :longest] = theirs[layer][: len(other.lengths), :, :longest]
@@ -150,7 +159,7 @@ class KVCache:
     def copy(self, row: int, length: int, capacity: int) -> KVCache:
         """The first ``length`` tokens of one row, in a cache of their own with room for ``capacity``."""
         other = object.__new__(KVCache)
-        other.lengths, other.capacity, other._positions = [length], capacity, None
+        other.lengths, other.capacity, other.moves, other._positions = [length], capacity, 0, None
         for name in ("keys", "values"):
             copies = []
             for tensor in getattr(self, name):
@@ -164,3 +173,45 @@ class KVCache:
     def bytes(self) -> int:
         """Of all keys and values, with the room for more."""
         return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
+
+
+class StaticCache:
+    """A KV cache as a captured step sees it: fixed memory, and a host that knows nothing of what changes in it.
+
+    It stands in for a ``KVCache`` whose tensors it reads and writes, one token a row and step. How many tokens each row
+    holds is a tensor on the device, which a step reads and advances itself; so every step is the same work, whatever
+    the lengths: attention reads ``seen`` places of each row, and a mask hides those that hold nothing yet.
+
+    A row that is full is written at its last place again and again, which only happens to rows that nobody reads.
+    """
+
+    def __init__(self, cache: KVCache, seen: int, lengths: Tensor, most: int) -> None:
+        """Of the first ``seen`` places of ``cache``; ``lengths`` is ``[B]`` int64, and no row gets beyond ``most``."""
+        self.keys = [keys.narrow(2, 0, seen) for keys in cache.keys]
+        self.values = [values.narrow(2, 0, seen) for values in cache.values]
+        self.lengths = lengths
+        self._last = min(seen, most) - 1
+        self._at = lengths  # the place of the token that is being added
+        self._rows = torch.arange(len(lengths), device=lengths.device)
+        self._places = torch.arange(seen, device=lengths.device)
+
+    def begin(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The positions ``[B, 1]`` of the ids ``[B, 1]``, and the mask ``[B, 1, 1, S]``, which is added to scores."""
+        if ids.shape[1] != 1:
+            raise ValueError(f"a captured step is one token a row, not {ids.shape[1]}")
+        self._at = self.lengths.clamp(max=self._last)
+        positions = self._at[:, None]
+        # Numbers rather than booleans, which every layer would turn into numbers anew.
+        mask = torch.zeros(len(ids), len(self._places), device=ids.device, dtype=self.keys[0].dtype)
+        return positions, mask.masked_fill_(self._places > positions, -math.inf)[:, None, None]
+
+    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Write one layer's ``[B, K, 1, D]``; all ``seen`` places of that layer come back, ``[B, K, S, D]``."""
+        keys, values = self.keys[layer], self.values[layer]
+        keys[self._rows, :, self._at] = key[:, :, 0].to(keys.dtype)
+        values[self._rows, :, self._at] = value[:, :, 0].to(values.dtype)
+        return keys, values
+
+    def advance(self, count: int) -> None:
+        """All layers have written ``count`` tokens."""
+        self.lengths.add_(count)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,8 +12,12 @@ from torch import Tensor
 from gptcli.core import runtime
 from gptcli.core.build import Model
 from gptcli.core.decode import Decoder
+from gptcli.core.draft import Ahead, Lookup
+from gptcli.core.draft_model import DraftModel
+from gptcli.core.draw import Draw
+from gptcli.core.graphs import DeviceLoop
 from gptcli.core.requests import Choice, Finish, Request, Step, Timing, check_length
-from gptcli.core.sampling import History, sample
+from gptcli.core.sampling import History
 from gptcli.core.settings import Sampling
 from gptcli.errors import CorruptError, UsageError
 from gptcli.text.stops import Stops
@@ -67,6 +72,8 @@ def generate(
     logprobs: int | None = None,
     slide: bool = False,
     timing: Timing | None = None,
+    lookup: bool = True,
+    draft: Model | None = None,
 ) -> Iterator[Step]:
     """Continue each request until it ends, all of them together, a token a step.
 
@@ -77,10 +84,15 @@ def generate(
         logprobs: report the chosen token's log-probability and those of so many likeliest; None reports nothing.
         slide: past the context, keep its last half and go on, instead of finishing.
         timing: filled in.
+        lookup: guess what comes next from the text itself, where that leaves the text as it is: one row, native steps.
+        draft: a smaller model that guesses instead, for one row; ``check_pair`` says which may. The text is another of
+            the same distribution; at temperature 0 it is the same.
 
     Yields Steps in order of time, and of rows within a time. Raises LimitError for a prompt longer than the context,
-    CorruptError for weights whose logits are not finite.
+    CorruptError for weights whose logits are not finite, UsageError for a ``draft`` and several requests.
     """
+    if draft is not None and len(requests) > 1:
+        raise UsageError("a draft model drafts for one text at a time", "generate them one after another")
     for request in requests:
         check_prompt(model, request.prompt)
     timing = timing or Timing()
@@ -90,24 +102,40 @@ def generate(
     if not rows:
         return
     start = time.perf_counter()
-    decoder = Decoder(model.transformer, model.stepping)
-    logits = decoder.prefill([row.window for row in rows], _capacity(model, rows))
+    decoder: Decoder | Ahead
+    decoder = plain = Decoder(model.transformer, model.stepping)
+    capacity = _capacity(model, rows)
+    logits = plain.prefill([row.window for row in rows], capacity)
     runtime.synchronize(model.device)
     timing.prefill_seconds += time.perf_counter() - start
     check_finite(model, logits)
     history = None
     if sampling.looks_back:
         history = History([row.request.prompt for row in rows], model.config.vocab_size, model.device)
+    start = time.perf_counter()
+    drawing: DeviceLoop | _Drawing | None = None
+    if draft is None:
+        seeds, positions = [row.request.seed for row in rows], [row.position for row in rows]
+        drawing = plain.draw_on_device(logits, sampling, seeds, positions, history, ahead=logprobs is None)
+    if drawing is None:
+        plain_draw = Draw(sampling, model.stepping.library)
+        draw: Callable[..., Tensor] = plain_draw
+        if len(rows) == 1 and (draft or lookup):
+            drafter = DraftModel(draft, sampling, rows[0].request.seed) if draft else Lookup()
+            decoder = ahead = Ahead(plain, drafter, timing)
+            ahead.begin(rows[0].window, capacity)
+            draw = partial(ahead.draw, plain_draw)
+        drawing = _Drawing(decoder, draw, logits, rows, history)
+    timing.decode_seconds += time.perf_counter() - start
     while True:
         start = time.perf_counter()
-        drawn = sample(logits, sampling, [row.request.seed for row in rows], [row.position for row in rows], history)
-        tokens = drawn.tolist()
-        reports = report(logits, drawn, logprobs)
+        tokens = drawing.next()
+        reports = None if logprobs is None else report(*drawing.drawn(), logprobs)
         timing.decode_seconds += time.perf_counter() - start
         timing.decoded_tokens += len(rows)
         kept = []
         for place, (row, token) in enumerate(zip(rows, tokens, strict=True)):
-            step = row.take(token, *reports[place], slide=slide)
+            step = row.take(token, *(reports[place] if reports else (None, ())), slide=slide)
             yield step
             if step.finish is None:
                 kept.append(place)
@@ -116,17 +144,58 @@ def generate(
         start = time.perf_counter()
         if len(kept) < len(rows):
             rows = [rows[place] for place in kept]
-            drawn = drawn[torch.tensor(kept, device=drawn.device)]
             decoder.select(kept)
-            if history:
-                history.select(kept)
-        if history:
-            history.add(drawn)
+            if isinstance(drawing, _Drawing):  # the decoder has told its own loop
+                drawing.select(kept)
         if any(row.slid for row in rows):
-            logits = decoder.prefill([row.window for row in rows], _capacity(model, rows))
-        else:
-            logits = decoder.step(drawn)
+            logits = decoder.prefill_again([row.window for row in rows], _capacity(model, rows))
+            if isinstance(drawing, _Drawing):
+                drawing.refill(logits)
         timing.decode_seconds += time.perf_counter() - start
+
+
+class _Drawing:
+    """Draws the next token of each row and steps the decoder with it; ``DeviceLoop`` does both on the device."""
+
+    def __init__(
+        self,
+        decoder: Decoder | Ahead,
+        draw: Callable[..., Tensor],
+        logits: Tensor,
+        rows: Sequence[Row],
+        history: History | None,
+    ) -> None:
+        """After the ``logits`` ``[B, V]`` of a prefill."""
+        self._decoder, self._draw, self._logits, self._history = decoder, draw, logits, history
+        self._seeds, self._positions = [row.request.seed for row in rows], [row.position for row in rows]
+        self._drawn: Tensor | None = None  # what the decoder has not seen yet
+
+    def next(self) -> list[int]:
+        """The next token of each row."""
+        if self._drawn is not None:
+            self._logits = self._decoder.step(self._drawn)
+        self._drawn = self._draw(self._logits, self._seeds, self._positions, self._history)
+        self._positions = [position + 1 for position in self._positions]
+        if self._history is not None:
+            self._history.add(self._drawn)
+        return self._drawn.tolist()
+
+    def drawn(self) -> tuple[Tensor, Tensor]:
+        """The logits ``[B, V]`` behind the last tokens, and these, ``[B]``."""
+        assert self._drawn is not None
+        return self._logits, self._drawn
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Go on with these rows only."""
+        self._seeds, self._positions = [self._seeds[row] for row in rows], [self._positions[row] for row in rows]
+        if self._drawn is not None:
+            self._drawn = self._drawn[torch.tensor(rows, device=self._drawn.device)]
+        if self._history is not None:
+            self._history.select(rows)
+
+    def refill(self, logits: Tensor) -> None:
+        """The decoder has read what is left of each text, the last tokens with it."""
+        self._logits, self._drawn = logits, None
 
 
 class Row:
@@ -185,10 +254,8 @@ def _capacity(model: Model, rows: Sequence[Row]) -> int:
     return min(max(len(row.window) + limit for row, limit in zip(rows, limits, strict=True)), model.config.context)
 
 
-def report(logits: Tensor, drawn: Tensor, count: int | None) -> list[tuple[Choice | None, tuple[Choice, ...]]]:
-    """For each row the chosen token's log-probability and the ``count`` likeliest tokens; nothing for None."""
-    if count is None:
-        return [(None, ())] * len(drawn)
+def report(logits: Tensor, drawn: Tensor, count: int) -> list[tuple[Choice, tuple[Choice, ...]]]:
+    """For each row the chosen token's log-probability and the ``count`` likeliest tokens."""
     logprobs = logits.float().log_softmax(-1)
     chosen = logprobs.gather(1, drawn[:, None])[:, 0].tolist()  # [B]
     best = logprobs.topk(min(count, logprobs.shape[-1]), dim=-1)

@@ -121,7 +121,7 @@ def measure_load(folder: Path, model: Model, rounds: int) -> Figure:
 
     def load() -> None:
         asked = {"device": str(model.device), "dtype": model.dtype_name, "quantize": model.quantize}
-        opened = open_model(folder, model.tokenizer, name=model.name, native=model.native, **asked)
+        opened = open_model(folder, model.tokenizer, name=model.name, native=model.native, compile=False, **asked)
         _touch(opened.transformer)
         runtime.synchronize(model.device)
 
@@ -158,7 +158,7 @@ def measure_decode(model: Model, batch: int, prompt: int, tokens: int, rounds: i
 
     def decode() -> float:
         timing = Timing()
-        for _ in generate(model, requests, Sampling(temperature=0), timing=timing):
+        for _ in generate(model, requests, Sampling(temperature=0), timing=timing, lookup=False):
             pass
         return timing.decode_seconds
 

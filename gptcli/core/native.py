@@ -1,7 +1,8 @@
 """The native step: a transformer, packed, and stepped by native/step.cpp.
 
-It is the twin of ``Transformer.forward`` for one new token a row, on a CPU. ``native_build`` makes the library that it
-calls; where that was not done, nothing here is used.
+It is the twin of ``Transformer.forward`` for one new token a row, or a few, on a CPU. What a row gives is the same to
+the bit whatever its company. ``native_build`` makes the library that it calls; where that was not done, nothing here is
+used.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import math
 import os
 import threading
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +63,7 @@ class NativeStep:
         self.packed_bytes = self._packing.bytes
         self._model = self._packing.model(transformer, threads)
         self._lock = threading.Lock()  # the library's workspace is one for all
+        self._places: _Places | None = None
         self._open()
 
     def _open(self) -> None:
@@ -81,38 +84,71 @@ class NativeStep:
 
         Raises LimitError when the cache has no room, IndexError for a token or a position that the model does not have.
         """
-        ids, lengths = tokens.tolist(), cache.lengths
-        self._check(ids, cache)
+        ids = tokens.tolist()
+        logits = self._run(ids, [1] * len(ids), cache)
+        cache.advance(1)
+        return logits
+
+    def verify(self, tokens: Sequence[Sequence[int]], cache: KVCache) -> Tensor:
+        """Add some tokens to each row, to each its own number of them, and see what the model makes of each.
+
+        The logits ``[Q, V]`` of the next token after each, row after row, and what is left in the cache are to the bit
+        those of steps one by one. Raises as ``step``.
+        """
+        counts = list(map(len, tokens))
+        logits = self._run([id_ for row in tokens for id_ in row], counts, cache)
+        cache.set_lengths([length + count for length, count in zip(cache.lengths, counts, strict=True)])
+        return logits
+
+    def _run(self, ids: list[int], counts: list[int], cache: KVCache) -> Tensor:
+        lengths = cache.lengths
+        self._check(ids, counts, cache)
         logits = torch.empty(len(ids), self._config.vocab_size)
-        pointers, numbers = _Pointer * self._config.layers, _Long * len(ids)
+        numbers = _Long * len(counts)
         with self._lock:
             if self._process != os.getpid():  # a fork takes the memory along, but not the threads
                 self._closing.detach()
                 self._open()
+            if self._places is None or not self._places.of(cache):
+                self._places = _Places(cache)
             done = self._functions.gptcli_step(
-                *(self._handle, len(ids), numbers(*ids), numbers(*lengths), TYPES[DTYPES[cache.keys[0].dtype]]),
-                pointers(*[keys.data_ptr() for keys in cache.keys]),
-                pointers(*[values.data_ptr() for values in cache.values]),
-                *(cache.capacity, logits.data_ptr()),
+                *(self._handle, len(counts), numbers(*counts), (_Long * len(ids))(*ids), numbers(*lengths)),
+                *(self._places.type, self._places.keys, self._places.values, cache.capacity, logits.data_ptr()),
             )
         if not done:
             raise ResourceError("there is not enough memory for a step", "use fewer rows")
-        cache.advance(1)
         return logits
 
-    def _check(self, ids: list[int], cache: KVCache) -> None:
+    def _check(self, ids: list[int], counts: list[int], cache: KVCache) -> None:
         """What the library takes at its word."""
-        config, longest = self._config, max(cache.lengths) + 1
+        config = self._config
         if not self._handle:
             raise ValueError("this step was closed")
-        if len(ids) != len(cache.lengths):
-            raise ValueError(f"{len(ids)} tokens for a cache of {len(cache.lengths)} rows")
+        if len(counts) != len(cache.lengths):
+            raise ValueError(f"{len(counts)} tokens for a cache of {len(cache.lengths)} rows")
+        if min(counts) < 1:
+            raise ValueError("a row without a token")
+        longest = max(map(sum, zip(cache.lengths, counts, strict=True)))
         if longest > cache.capacity:
             raise LimitError(f"{longest} tokens do not fit a cache of {cache.capacity}", "make a larger cache")
         if config.position == "learned" and longest > config.context:
             raise IndexError(f"position {longest - 1}, and the model has {config.context}")
         if not 0 <= min(ids) <= max(ids) < config.vocab_size:
             raise IndexError(f"one of the tokens {ids}, and the model has {config.vocab_size}")
+
+
+class _Places:
+    """Where the tensors of a cache are, as the library is told, for as long as the cache has not got others."""
+
+    def __init__(self, cache: KVCache) -> None:
+        pointers = _Pointer * len(cache.keys)
+        self.keys = pointers(*[keys.data_ptr() for keys in cache.keys])
+        self.values = pointers(*[values.data_ptr() for values in cache.values])
+        self.type = TYPES[DTYPES[cache.keys[0].dtype]]
+        self._cache, self._moves = weakref.ref(cache), cache.moves
+
+    def of(self, cache: KVCache) -> bool:
+        return self._cache() is cache and self._moves == cache.moves
 
 
 class NativeMatrix:
@@ -139,7 +175,7 @@ def _declared(library: Library) -> Any:
     for name, result, arguments in (
         ("open", _Pointer, [ctypes.POINTER(PackedModel)]),
         ("close", None, [_Pointer]),
-        ("step", ctypes.c_bool, [_Pointer, _Int, *arrays, _Int, *arrays, _Long, _Pointer]),
+        ("step", ctypes.c_bool, [_Pointer, _Int, _Pointer, *arrays, _Int, *arrays, _Long, _Pointer]),
         ("multiply", None, [ctypes.POINTER(PackedMatrix), _Int, *arrays]),
     ):
         function = getattr(functions, f"gptcli_{name}")

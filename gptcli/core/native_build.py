@@ -24,7 +24,8 @@ from gptcli.core import runtime
 from gptcli.errors import CorruptError, NotFoundError, OutputError, ResourceError
 
 SOURCE = Path(__file__).parent / "native" / "step.cpp"
-ABI = 1  # as in step.cpp
+PARTS = (SOURCE.parent / "draw.h",)  # that it includes
+ABI = 2  # as in step.cpp
 COMPILERS = ("c++", "g++", "clang++")
 # No -ffast-math: a model whose numbers overflow has to show it.
 FLAGS = ("-std=c++20", "-O3", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden", "-Wno-psabi")
@@ -60,7 +61,8 @@ def flags() -> tuple[str, ...]:
 
 def key() -> str:
     """What a library has to be built from and for, in 16 hexadecimal digits."""
-    parts = [SOURCE.read_bytes(), " ".join(flags()).encode(), runtime.cpu_features().encode()]
+    sources = [file.read_bytes() for file in (SOURCE, *PARTS)]
+    parts = [*sources, " ".join(flags()).encode(), runtime.cpu_features().encode()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 

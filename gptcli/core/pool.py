@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from gptcli.core.cache import KVCache
+from gptcli.core.decode import chunk_size, in_chunks
+from gptcli.core.draw import Draw
 from gptcli.core.generate import report
 from gptcli.core.model import Transformer
 from gptcli.core.prefixes import Prefixes
 from gptcli.core.requests import Choice
-from gptcli.core.sampling import History, sample
+from gptcli.core.sampling import History
 from gptcli.core.settings import Sampling
 from gptcli.core.stepping import Stepping
 
@@ -60,8 +62,7 @@ class Pool:
         if cache is None:
             cache = KVCache(self.transformer.config, 1, len(ids), device=self._device, dtype=dtype)
         if logits is None:
-            rest = torch.tensor([ids[known:]], device=self._device)
-            logits = forward(rest, cache, last=torch.tensor([len(ids) - known - 1], device=self._device))[0]
+            logits = in_chunks(forward, [ids[known:]], cache, chunk_size(1, self._device))[0]
             if self.prefixes:
                 self.prefixes.keep(ids, cache, 0, logits)
         if self._cache is None:
@@ -100,10 +101,10 @@ class Pool:
 
 
 @dataclass(frozen=True)
-class Draw:
-    """How the next token of a row is drawn: as ``sample`` and ``report`` take it."""
+class Asked:
+    """How the next token of a row is drawn, and what is to be told of it (see ``report``)."""
 
-    sampling: Sampling
+    draw: Draw
     seed: int
     position: int
     logprobs: int | None = None
@@ -111,28 +112,28 @@ class Draw:
 
 
 @torch.inference_mode()
-def draw(logits: Tensor, asked: Sequence[Draw]) -> list[tuple[int, Choice | None, tuple[Choice, ...]]]:
+def draw_each(logits: Tensor, asked: Sequence[Asked]) -> list[tuple[int, Choice | None, tuple[Choice, ...]]]:
     """A token for each row of logits ``[B, V]``, and what ``report`` tells of it; rows that are alike go together."""
     found: list[tuple[int, Choice | None, tuple[Choice, ...]]] = [(0, None, ())] * len(asked)
     for places in _alike(asked):
         first = asked[places[0]]
         rows = logits if len(places) == len(asked) else logits[torch.tensor(places, device=logits.device)]
         seeds, positions = [asked[place].seed for place in places], [asked[place].position for place in places]
-        drawn = sample(rows, first.sampling, seeds, positions, first.history)
+        drawn = first.draw(rows, seeds, positions, first.history)
         if first.history is not None:
             first.history.add(drawn)
-        reports = report(rows, drawn, first.logprobs)
-        for place, token, (chosen, top) in zip(places, drawn.tolist(), reports, strict=True):
-            found[place] = token, chosen, top
+        reports = None if first.logprobs is None else report(rows, drawn, first.logprobs)
+        for number, (place, token) in enumerate(zip(places, drawn.tolist(), strict=True)):
+            found[place] = (token, *reports[number]) if reports else (token, None, ())
     return found
 
 
-def _alike(asked: Sequence[Draw]) -> list[list[int]]:
+def _alike(asked: Sequence[Asked]) -> list[list[int]]:
     """Rows whose tokens may be drawn together, since their sampling is the same and looks at nothing else."""
     groups: list[tuple[tuple[Sampling, int | None], list[int]]] = []
     alone: list[list[int]] = []
     for place, each in enumerate(asked):
-        how = (each.sampling, each.logprobs)
+        how = (each.draw.sampling, each.logprobs)
         if each.history is not None:
             alone.append([place])
         elif group := next((places for known, places in groups if known == how), None):

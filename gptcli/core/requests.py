@@ -62,11 +62,13 @@ class Step:
 
 @dataclass
 class Timing:
-    """Seconds spent, filled in as it goes."""
+    """Seconds spent, filled in as it goes; and tokens, of which some were ``drafted`` and then ``accepted``."""
 
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     decoded_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
     @property
     def tokens_per_second(self) -> float:

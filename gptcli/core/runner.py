@@ -7,6 +7,7 @@ from typing import Any
 
 from gptcli.core.build import Model
 from gptcli.core.distribution import Continuation, Distribution
+from gptcli.core.draft_model import check_pair
 from gptcli.core.generate import generate, prompt_ids
 from gptcli.core.predict import distribution, next_logits_batch, score_continuations
 from gptcli.core.requests import Request, Step, Timing
@@ -16,15 +17,25 @@ from gptcli.core.settings import Sampling
 class LocalModel:
     """A loaded model; attributes and methods as of ``WarmModel``."""
 
-    def __init__(self, model: Model) -> None:
-        self.model = model
-        self.name, self.used, self.load_seconds = model.name, model.used, model.load_seconds
+    def __init__(self, model: Model, *, draft: Model | None = None, lookup: bool = True) -> None:
+        """``draft`` and ``lookup`` as of ``core.generate.generate``. Raises UsageError as ``check_pair`` does."""
+        if draft is not None:
+            check_pair(model, draft)
+        self.model, self._draft, self._lookup = model, draft, lookup
+        self.name, self.used = model.name, model.used
+        self.load_seconds = model.load_seconds + (draft.load_seconds if draft else 0.0)
+        self.draft_name = draft.name if draft else None
         self.context, self.vocab_size = model.config.context, model.config.vocab_size
 
     @property
     def told(self) -> str:
         """How its steps were taken."""
-        return self.model.stepping.told
+        return self.model.stepping.tell()
+
+    @property
+    def fell_back(self) -> bool:
+        """Whether steps were to be compiled and could not be."""
+        return self.model.stepping.fell_back
 
     def prompt_ids(self, text: str, *, special: bool = False) -> list[int]:
         """``core.generate.prompt_ids``."""
@@ -71,4 +82,5 @@ class LocalModel:
         timing: Timing | None = None,
     ) -> Iterator[Step]:
         """``core.generate.generate``."""
-        return generate(self.model, requests, sampling, logprobs=logprobs, slide=slide, timing=timing)
+        drafting: dict[str, Any] = {"draft": self._draft, "lookup": self._lookup}
+        return generate(self.model, requests, sampling, logprobs=logprobs, slide=slide, timing=timing, **drafting)

@@ -17,7 +17,7 @@ from gptcli.core.settings import Sampling
 
 _BITS = 0xFFFFFFFF
 # A temperature below this is as good as 0, and float32 could not divide by it.
-_COLDEST = 1e-30
+COLDEST = 1e-30
 
 
 class History:
@@ -40,11 +40,13 @@ class History:
         self.prompt, self.made = self.prompt[index], self.made[index]
 
 
-def filter_logits(logits: Tensor, sampling: Sampling, history: History | None = None) -> Tensor:
+def filter_logits(
+    logits: Tensor, sampling: Sampling, history: History | None = None, bias: Tensor | None = None
+) -> Tensor:
     """The logits ``[B, V]`` after the whole chain but the draw: float32, divided by T, -inf where nothing may be drawn.
 
-    ``history`` is needed where ``sampling.looks_back``. At temperature 0 they are not divided, and only penalties and
-    bias apply.
+    ``history`` is needed where ``sampling.looks_back``; ``bias`` is ``bias_vector``'s, made here if it is not given. At
+    temperature 0 they are not divided, and only penalties and bias apply.
     """
     logits = logits.float()
     if history is not None and sampling.looks_back:
@@ -53,13 +55,10 @@ def filter_logits(logits: Tensor, sampling: Sampling, history: History | None = 
         logits = torch.where(seen, penalized, logits)
         logits = logits - history.made * sampling.frequency_penalty - (history.made > 0) * sampling.presence_penalty
     if sampling.logit_bias:
-        known = [(token, bias) for token, bias in sampling.logit_bias.items() if token < logits.shape[-1]]
-        index = torch.tensor([token for token, _ in known], device=logits.device, dtype=torch.int64)
-        bias = torch.tensor([bias for _, bias in known], device=logits.device, dtype=torch.float32)
-        logits = logits.index_add(1, index, bias.expand(len(logits), -1))
+        logits = logits + (bias_vector(sampling, logits.shape[-1], logits.device) if bias is None else bias)
     if sampling.temperature == 0:
         return logits
-    logits = logits / max(sampling.temperature, _COLDEST)
+    logits = logits / max(sampling.temperature, COLDEST)
     if 0 < sampling.top_k < logits.shape[-1]:
         least = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < least, -math.inf)
@@ -68,12 +67,20 @@ def filter_logits(logits: Tensor, sampling: Sampling, history: History | None = 
         probabilities = ordered.softmax(-1)
         before = probabilities.cumsum(-1) - probabilities
         beyond = before >= sampling.top_p
-        beyond[:, 0] = False
+        beyond[:, :1].fill_(False)
         logits = logits.masked_fill(beyond.scatter(1, index, beyond), -math.inf)
     if sampling.min_p > 0:
         least = logits.max(-1, keepdim=True).values + math.log(sampling.min_p)
         logits = logits.masked_fill(logits < least, -math.inf)
     return logits
+
+
+def bias_vector(sampling: Sampling, size: int, device: torch.device) -> Tensor:
+    """What ``sampling.logit_bias`` adds to each of ``size`` logits, float32."""
+    known = {token: value for token, value in sampling.logit_bias.items() if token < size}
+    bias = torch.zeros(size)
+    bias[torch.tensor(list(known), dtype=torch.int64)] = torch.tensor(list(known.values()), dtype=torch.float32)
+    return bias.to(device)
 
 
 def sample(
@@ -98,13 +105,18 @@ def sample(
 
 
 def gumbel_noise(seeds: Sequence[int], positions: Sequence[int], size: int, device: torch.device | str) -> Tensor:
-    """Standard Gumbel noise for tokens 0 to ``size``, ``[B, size]`` float32; row i belongs to (seeds[i], positions[i]).
+    """Standard Gumbel noise for tokens 0 to ``size``, ``[B, size]`` float32; row i is of (seeds[i], positions[i])."""
+    keys = [noise_keys(seed, position) for seed, position in zip(seeds, positions, strict=True)]
+    first, second = torch.tensor(keys, device=device, dtype=torch.int64).T[..., None]  # [B, 1] each
+    return noise_of_keys(first, second, size)
+
+
+def noise_of_keys(first: Tensor, second: Tensor, size: int) -> Tensor:
+    """``gumbel_noise`` of the rows' ``noise_keys``, ``[B, 1]`` int64 each.
 
     The integers are the same on every device; the logarithms agree to rounding.
     """
-    keys = [noise_keys(seed, position) for seed, position in zip(seeds, positions, strict=True)]
-    first, second = torch.tensor(keys, device=device, dtype=torch.int64).T[..., None]  # [B, 1] each
-    hashed = torch.arange(size, device=device, dtype=torch.int64) * 0x9E3779B1 + first
+    hashed = torch.arange(size, device=first.device, dtype=torch.int64) * 0x9E3779B1 + first
     hashed = _mix(_mix(hashed & _BITS) ^ second)
     # Of U in (0, 1), -log(1 - U) is exponential with all its precision where it is small, that is, where Gumbel noise
     # is large and decides.

@@ -1,22 +1,26 @@
 """How a model goes through prompts and takes steps: which ways are worth it, and what they need, made once and kept.
 
 The transformer itself is always one; on a CPU ``Lean`` is another (``core/lean.py``), and where it was built the native
-step (``core/native.py``) is the fastest for a token at a time.
+step (``core/native.py``) is the fastest for a token at a time. On CUDA, and where steps are compiled, they are taken by
+a loop that draws its own tokens (``core/graphs.py``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+import weakref
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from gptcli.core import native, native_build, runtime
+from gptcli.core import graphs, native, native_build, runtime
 from gptcli.core.cache import KVCache
+from gptcli.core.compiled import Compiled
 from gptcli.core.lean import Lean, worth_packing
 from gptcli.core.model import Transformer
+from gptcli.core.settings import Sampling
 from gptcli.errors import GptcliError, NotFoundError, UnsupportedError
 
 Way = Literal["native", "lean", "transformer"]
@@ -62,18 +66,28 @@ class Stepping:
     Attributes:
         folder: where native libraries are; None: there are none.
         told: how the last steps were taken, and why, for whoever asks.
+        compiled: the step as torch compiles it; None where that was not asked for.
     """
 
-    def __init__(self, transformer: Transformer, folder: Path | None = None, *, lean: bool = False) -> None:
-        """Of ``transformer`` alone; with a ``folder`` of libraries also natively, and with ``lean`` by a ``Lean``."""
+    def __init__(
+        self, transformer: Transformer, folder: Path | None = None, *, lean: bool = False, compile: bool = False
+    ) -> None:
+        """Of ``transformer`` alone; with a ``folder`` of libraries also natively, and with ``lean`` by a ``Lean``.
+
+        With ``compile`` steps are compiled by torch, which takes up to minutes, instead of all that.
+        """
         self.transformer = transformer
         self.folder = folder
+        self.compiled = Compiled(transformer) if compile else None
         self.told = "no step was taken"
-        self._may_lean = lean and transformer.embedding.weight.device.type == "cpu"
+        self._device = transformer.embedding.weight.device
+        self._may_lean = lean and self._device.type == "cpu"
         self._quantized = not isinstance(transformer.unembedding, nn.Linear)
         self._lean: Lean | None = None
         self._native: native.NativeStep | None = None
         self._no_native: str | None = None  # why there is none; None as well while nobody has looked
+        self._loop: graphs.DeviceLoop | None = None
+        self._loop_user: Callable[[], object | None] = lambda: None  # who has it, as long as that one lives
 
     def prefill(self, *, prompt: int, tokens: int, rows: int) -> tuple[Forward, torch.dtype]:
         """How to go through prompts of up to so many tokens, and in which type the cache is fastest afterwards.
@@ -102,6 +116,35 @@ class Stepping:
             return self._with_lean
         self.told = f"PyTorch step: {why}"
         return self._with_transformer
+
+    def device_loop(
+        self, user: object, sampling: Sampling, *, rows: int, tokens: int, capacity: int
+    ) -> graphs.DeviceLoop | None:
+        """A loop that draws so many tokens of so many rows itself, where that pays; None elsewhere.
+
+        The last one is kept, with its memory and its graphs, and serves again once its ``user`` is gone.
+        """
+        if self.compiled is None and not graphs.pays(self._device, tokens, rows):
+            return None
+        if self._loop is None or self._loop_user() is not None or not self._loop.fits(sampling, rows, capacity):
+            self._loop = None
+            try:
+                self._loop = graphs.DeviceLoop(self.transformer, sampling, rows, capacity, self.compiled)
+            except torch.OutOfMemoryError:
+                return None
+        self._loop_user = weakref.ref(user)
+        return self._loop
+
+    @property
+    def fell_back(self) -> bool:
+        """Whether steps were to be compiled and could not be."""
+        return self.compiled is not None and self.compiled.failed is not None
+
+    def tell(self) -> str:
+        """How the last steps were taken."""
+        if self._loop is None:
+            return self.told
+        return self._loop.told if self.compiled is None else f"{self.compiled.told}, {self._loop.told}"
 
     def _worth(self, tokens: int, rows: int) -> tuple[Way, ...]:
         packed: list[Way] = [*(["native"] if self._native else []), *(["lean"] if self._lean else [])]  # type: ignore[list-item]
@@ -141,3 +184,24 @@ class Stepping:
             raise UnsupportedError(f"there is no native step: {reason}", "nothing is to be done")
         threads = pick_threads(self.transformer, runtime.threads())
         return native.NativeStep(native_build.load(self.folder), self.transformer, threads)
+
+    def several(self, *, tokens: int) -> tuple[Callable[[Sequence[int], KVCache], Tensor], bool]:
+        """How to add several tokens to one row at once, of whom ``tokens`` are still to come: logits ``[T, V]``.
+
+        The second value says whether they are to the bit those of ``step``, one by one.
+        """
+        worth = self._worth(tokens, 1)
+        if "native" in worth and (step := self._native_step()):
+            return (lambda ids, cache: step.verify([ids], cache)), True
+        forward: Forward = self._packed_lean() if "lean" in worth else self.transformer
+
+        def several(ids: Sequence[int], cache: KVCache) -> Tensor:
+            logits: Tensor = forward(torch.tensor([ids], device=cache.keys[0].device), cache)  # [1, T, V]
+            return logits[0]
+
+        return several, False
+
+    @property
+    def library(self) -> native_build.Library | None:
+        """The native library, where a native step was packed."""
+        return self._native.library if self._native else None

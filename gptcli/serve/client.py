@@ -137,9 +137,12 @@ class WarmModel:
         name, used, context, vocab_size: of the model.
         load_seconds: nothing, which is the point.
         told: how its steps are taken.
+        draft_name, fell_back: nothing, either: whoever asks for drafts or compiled steps gets a model of its own.
     """
 
     load_seconds = 0.0
+    draft_name: str | None = None
+    fell_back = False
 
     def __init__(self, client: Client, asked: Mapping[str, str]) -> None:
         """``asked``: device, dtype and quantize as the user has them, and the version of gptcli.

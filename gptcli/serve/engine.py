@@ -19,8 +19,9 @@ from typing import Any, TypeVar
 
 from gptcli.core import runtime
 from gptcli.core.build import Model
+from gptcli.core.draw import Draw
 from gptcli.core.generate import Row, check_finite, check_prompt
-from gptcli.core.pool import Draw, Pool, draw
+from gptcli.core.pool import Asked, Pool, draw_each
 from gptcli.core.prefixes import Prefixes
 from gptcli.core.requests import Request, Step
 from gptcli.core.sampling import History
@@ -93,11 +94,13 @@ class _Seat:
     ticket: Ticket
     row: Row
     history: History | None
+    draw: Draw | None = None  # made when its row is there
 
-    @property
-    def draw(self) -> Draw:
-        request, ticket = self.row.request, self.ticket
-        return Draw(ticket.sampling, request.seed, self.row.position, ticket.logprobs, self.history)
+    def asked(self, library: Any) -> Asked:
+        """What is to be drawn next, natively where there is a library."""
+        if self.draw is None:
+            self.draw = Draw(self.ticket.sampling, library)
+        return Asked(self.draw, self.row.request.seed, self.row.position, self.ticket.logprobs, self.history)
 
 
 class Engine:
@@ -298,7 +301,8 @@ class Engine:
 
     def _draw(self, seats: Sequence[_Seat], logits: Any) -> None:
         """Draw the next token of some rows, whose logits are ``[len(seats), V]``."""
-        drawn = draw(logits, [seat.draw for seat in seats])
+        library = self.model.stepping.library
+        drawn = draw_each(logits, [seat.asked(library) for seat in seats])
         for seat, (token, chosen, top) in zip(seats, drawn, strict=True):
             step = seat.row.take(token, chosen, top, slide=seat.ticket.slide)
             self.counts.made_tokens += step.token is not None

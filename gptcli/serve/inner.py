@@ -51,7 +51,7 @@ async def status(request: HttpRequest) -> Response:
             "waiting": waiting,
             "cache_bytes": engine.cache_bytes,
             **asdict(engine.counts),
-            "step": model.stepping.told,
+            "step": model.stepping.tell(),
         }
     )
 
@@ -75,7 +75,7 @@ async def opened(request: HttpRequest) -> Response:
             "used": model.used,
             "context": model.config.context,
             "vocab_size": model.config.vocab_size,
-            "step": model.stepping.told,
+            "step": model.stepping.tell(),
         }
     )
 
@@ -206,7 +206,7 @@ async def _lines(service: Service, tickets: list[Ticket]) -> AsyncIterator[str]:
         "prefill_seconds": first - min(ticket.submitted for ticket in tickets),
         "decode_seconds": last - first,
         "known": [ticket.known for ticket in tickets],
-        "step": service.model.stepping.told,
+        "step": service.model.stepping.tell(),
     }
     yield json.dumps({"timing": timing}) + "\n"
 

@@ -18,6 +18,8 @@ class Stops:
 
     def push(self, text: str) -> tuple[str, bool]:
         """``(text that may be shown now, whether a stop was found)``; after a stop nothing more should be pushed."""
+        if not self._stops:
+            return text, False
         text = self._held + text
         found = [(place + len(stop), place) for stop in self._stops if (place := text.find(stop)) >= 0]
         if found:

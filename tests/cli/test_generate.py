@@ -33,6 +33,7 @@ FIELDS = {
     "timing",
 }
 TIMING = {"load_seconds", "prefill_seconds", "decode_seconds", "tokens_per_second"}
+COUNTS = {"drafted_tokens", "accepted_tokens"}
 CONTEXT = 64  # of the tiny model
 END = 0  # its <|endoftext|>
 
@@ -123,8 +124,9 @@ def test_json_has_the_fields_of_the_contract(generate: Run, tiny_folder: Path) -
     assert value["seed"] == 3
     assert (value["device"], value["dtype"]) == ("cpu", "float32")
     assert value["usage"] == {"prompt_tokens": len(words.encode(prompt)), "completion_tokens": 5}
-    assert value["timing"].keys() == TIMING
-    assert all(isinstance(seconds, float) and seconds > 0 for seconds in value["timing"].values())
+    assert value["timing"].keys() == TIMING | COUNTS
+    assert all(isinstance(value["timing"][name], float) and value["timing"][name] > 0 for name in TIMING)
+    assert [value["timing"][name] for name in COUNTS] == [0, 0]
 
 
 def test_format_json_is_json(generate: Run) -> None:
@@ -535,3 +537,24 @@ def test_without_the_vocabulary_it_says_what_to_do(run: Run, tmp_path: Path, mon
     assert done.code == 3
     assert b"has no tokenizer.json" in done.err
     assert b"TIKTOKEN_CACHE_DIR" in done.err
+
+
+def test_compiled_steps_make_the_same_text(run: Run, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a compiler that gives back what it was given: the real one is tried in tests/core/test_compiled.py."""
+    import torch
+
+    asked = ("generate", "Once", "-m", str(tiny_folder), "-n", "20", "-t", "0", "--ignore-eos")
+    plain = run(*asked)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    done = run(*asked, "--compile", "-v")
+    assert (done.code, done.out) == (plain.code, plain.out)
+    assert b"the step is compiled when the first token is made" in done.err
+    assert b"compiled steps" in done.err
+
+    def broken(function: object, **options: object) -> object:
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    fallen = run(*asked, "--compile")
+    assert (fallen.code, fallen.out) == (plain.code, plain.out)
+    assert b"steps could not be compiled: no compiler here" in fallen.err

@@ -16,11 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gptcli.core import native_build, runtime
 from gptcli.core.cache import KVCache
 from gptcli.core.model import Transformer
 from gptcli.core.native import NativeMatrix, NativeStep, compare
-from gptcli.core.native_build import Library, build, load
+from gptcli.core.native_build import Library, load
 from gptcli.errors import LimitError, UnsupportedError
 from gptcli.spec.config import ModelConfig
 from tests.core.test_model import CONFIGS, GPT2, LLAMA_LIKE, every_config, some_ids, visible_model
@@ -73,18 +72,6 @@ def in_kind(model: Transformer, kind: str) -> Transformer:
                 if isinstance(child, nn.Linear):
                     setattr(owner, name, Quantized(child, kind))
     return model
-
-
-@pytest.fixture(scope="session")
-def plain(tmp_path_factory: pytest.TempPathFactory, built: Path) -> Library:
-    """A library for a CPU that has nothing special: the ways that this one does not take."""
-    folder = tmp_path_factory.mktemp("plain")
-    with pytest.MonkeyPatch.context() as patch:
-        less = {"x86_64": "-march=x86-64-v3"}.get(runtime.machine(), "-O2")
-        patch.setattr(native_build, "flags", lambda: (*native_build.FLAGS, less))
-        library = build(folder)
-    assert "VNNI" not in library.features
-    return library
 
 
 @pytest.fixture(params=["this CPU's", "plain"])

@@ -1,4 +1,5 @@
-// One decoding step on a CPU: the twin of core/model.py for one new token a row. Names and letters are the same there.
+// One decoding step on a CPU: the twin of core/model.py for a new token in each row, or a few. Names and letters are the
+// same there.
 //
 // A step of one token reads every weight once and does little else, so it is as fast as the weights come from memory.
 // They are packed in the order in which they are read (see Matrix; core/native.py does it), and whatever else costs
@@ -41,7 +42,7 @@ constexpr int GROUP = 32;  // columns that share a scale; every matrix is padded
 
 // What core/native.py fills in. Whoever changes a struct counts ABI up, here and there.
 
-constexpr int ABI = 1;
+constexpr int ABI = 2;
 
 enum Type : int32_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, INT4 = 3 };
 enum Activation : int32_t { GELU_TANH = 0, GELU = 1, RELU = 2, SILU = 3 };
@@ -259,9 +260,19 @@ inline Ints add_dot4(Ints sum, Ints weights, int32_t inputs) {
 #endif
 
 // One panel of a matrix times R rows of the inputs, from row b on: out[r] holds LANES results of row b + r.
+//
+// What a row gives does not depend on how many are computed with it: each adds up in the same order, whatever R is. So a
+// text is the same alone and in company, and tokens that are looked at together are what they are one by one.
+
+constexpr int WAYS = 4;  // so many sums apart, of floats: an addition need not wait for the one before
+constexpr int MOST_FLOAT_ROWS = LANES == 16 ? 4 : 2;  // whose sums fit the registers
+constexpr int MOST_ROWS = 8;
+
+template <int R> inline void add_ways(const Floats (&sum)[WAYS][R], Floats (&out)[R]) {
+    for (int r = 0; r < R; r++) out[r] = ((sum[0][r] + sum[1][r]) + sum[2][r]) + sum[3][r];
+}
 
 template <int R> void product_float32(const Matrix& m, int panel, const Inputs& in, int b, Floats (&out)[R]) {
-    constexpr int WAYS = R < 4 ? 4 / R : 1;  // so many sums apart: an addition need not wait for the one before
     const float* w = (const float*)m.weight + size_t(panel) * m.columns * LANES;
     const float* x = in.x + size_t(b) * in.stride;
     Floats sum[WAYS][R] = {};
@@ -270,14 +281,10 @@ template <int R> void product_float32(const Matrix& m, int panel, const Inputs& 
             const Floats weights = wide(w + size_t(k + j) * LANES);
             for (int r = 0; r < R; r++) sum[j][r] += weights * x[size_t(r) * in.stride + k + j];
         }
-    for (int r = 0; r < R; r++) {
-        out[r] = sum[0][r];
-        for (int j = 1; j < WAYS; j++) out[r] += sum[j][r];
-    }
+    add_ways(sum, out);
 }
 
 template <int R> void product_bfloat16(const Matrix& m, int panel, const Inputs& in, int b, Floats (&out)[R]) {
-    constexpr int WAYS = R < 4 ? 4 / R : 1;
     const bfloat16* w = (const bfloat16*)m.weight + size_t(panel) * m.columns * LANES;
     Floats sum[WAYS][R] = {};
     for (int k = 0; k < m.columns; k += 2 * WAYS)
@@ -298,10 +305,7 @@ template <int R> void product_bfloat16(const Matrix& m, int panel, const Inputs&
             }
 #endif
         }
-    for (int r = 0; r < R; r++) {
-        out[r] = sum[0][r];
-        for (int j = 1; j < WAYS; j++) out[r] += sum[j][r];
-    }
+    add_ways(sum, out);
 }
 
 template <int R> void product_int8(const Matrix& m, int panel, const Inputs& in, int b, Floats (&out)[R]) {
@@ -310,11 +314,11 @@ template <int R> void product_int8(const Matrix& m, int panel, const Inputs& in,
     for (int g = 0; g < m.columns / GROUP; g++, w += GROUP * LANES) {
 #if defined(__AVX512VNNI__)
         const int at = b * (in.widest / GROUP) + g;
-        constexpr int WAYS = R < 8 ? 2 : 1;
-        Ints sum[WAYS][R] = {};
+        constexpr int APART = R < 8 ? 2 : 1;  // of whole numbers, which add up the same in any order
+        Ints sum[APART][R] = {};
         for (int r = 0; r < R; r++) sum[0][r] -= 128 * in.sum[at + r * (in.widest / GROUP)];
-        for (int k = 0; k < GROUP; k += 4 * WAYS)
-            for (int j = 0; j < WAYS; j++) {
+        for (int k = 0; k < GROUP; k += 4 * APART)
+            for (int j = 0; j < APART; j++) {
                 const Ints weights = load<Ints>(w + (k + 4 * j) * LANES);
                 for (int r = 0; r < R; r++) {
                     const int8_t* x = &in.bytes[size_t(b + r) * in.widest + g * GROUP + k + 4 * j];
@@ -322,7 +326,7 @@ template <int R> void product_int8(const Matrix& m, int panel, const Inputs& in,
                 }
             }
         for (int r = 0; r < R; r++) {
-            for (int j = 1; j < WAYS; j++) sum[0][r] += sum[j][r];
+            for (int j = 1; j < APART; j++) sum[0][r] += sum[j][r];
             out[r] += as_float(sum[0][r]) * in.scale[at + r * (in.widest / GROUP)];
         }
 #else
@@ -378,8 +382,10 @@ template <int R> void product_int4(const Matrix& m, int panel, const Inputs& in,
 template <int R> __attribute__((noinline)) int product(const Matrix& m, int panel, const Inputs& in, int b, Floats* to) {
     Floats out[R];
     switch (m.type) {
-        case FLOAT32: product_float32<R>(m, panel, in, b, out); break;
-        case BFLOAT16: product_bfloat16<R>(m, panel, in, b, out); break;
+        case FLOAT32:
+        case BFLOAT16:
+            if constexpr (R <= MOST_FLOAT_ROWS) m.type == FLOAT32 ? product_float32<R>(m, panel, in, b, out) : product_bfloat16<R>(m, panel, in, b, out);
+            break;
         case INT8: product_int8<R>(m, panel, in, b, out); break;
         default: product_int4<R>(m, panel, in, b, out);
     }
@@ -391,11 +397,12 @@ template <int R> __attribute__((noinline)) int product(const Matrix& m, int pane
 template <class Use> void multiply(const Matrix& m, int begin, int end, const Inputs& in, int batch, Use&& use) {
     for (int p = begin; p < end; p++)
         for (int b = 0; b < batch;) {  // the more rows at once, the fewer times the weights are read
-            Floats out[8];
-            const int done = batch - b >= 8   ? product<8>(m, p, in, b, out)
-                             : batch - b >= 4 ? product<4>(m, p, in, b, out)
-                             : batch - b >= 2 ? product<2>(m, p, in, b, out)
-                                              : product<1>(m, p, in, b, out);
+            Floats out[MOST_ROWS];
+            const int left = std::min(batch - b, m.type == FLOAT32 || m.type == BFLOAT16 ? MOST_FLOAT_ROWS : MOST_ROWS);
+            const int done = left >= 8   ? product<8>(m, p, in, b, out)
+                             : left >= 4 ? product<4>(m, p, in, b, out)
+                             : left >= 2 ? product<2>(m, p, in, b, out)
+                                         : product<1>(m, p, in, b, out);
             for (int r = 0; r < done; r++) use(b + r, p * LANES, out[r]);
             b += done;
         }
@@ -601,12 +608,21 @@ public:
         for (auto& each : scaled) each.assign(up(m.head_dim, GROUP), 0.f);
     }
 
-    // One more token in each row; ``lengths`` are the tokens that a row's cache holds. keys and values: for each layer
-    // [B, K, capacity, D]; logits: [B, V].
-    void run(int batch, const int64_t* ids, const int64_t* lengths, int cache_type, void* const* keys, void* const* values,
-             int64_t capacity, float* logits) {
-        room(batch, int(*std::max_element(lengths, lengths + batch)) + 1);
-        for (int b = 0; b < batch; b++) begin(b, ids[b], lengths[b]);
+    // More tokens in each of ``count`` rows: tokens[r] of them in row r, whose cache holds lengths[r]. Each sees what
+    // stands before it. ids: [B], row after row; keys and values: for each layer [count, K, capacity, D]; logits: [B, V].
+    // Below, a token is what a row of a batch is elsewhere: B is all of them.
+    void run(int count, const int64_t* tokens, const int64_t* ids, const int64_t* lengths, int cache_type,
+             void* const* keys, void* const* values, int64_t capacity, float* logits) {
+        first_of.assign(1, 0);
+        int64_t longest = 0;
+        for (int r = 0; r < count; r++) {
+            first_of.push_back(first_of[r] + int(tokens[r]));
+            longest = std::max(longest, lengths[r] + tokens[r]);
+        }
+        const int batch = first_of[count];
+        room(batch, int(longest));
+        for (int r = 0; r < count; r++)
+            for (int b = first_of[r]; b < first_of[r + 1]; b++) begin(b, ids[b], lengths[r] + b - first_of[r]);
         uint64_t phase = crew.next_phase();
         crew.run([=, this](int t) mutable {
             // A thread makes its own inputs of a matrix ready, once it has a piece: cheaper than to wait for another's.
@@ -624,12 +640,16 @@ public:
                 multiplying(
                     panels(layer.query) + 2 * panels(layer.key), [&] { normed(t, batch, layer.attention_norm, layer.query); },
                     [&](int begin, int end) { queries_keys_values(t, batch, layer, begin, end); });
-                crew.phase(phase++, batch * m.kv_heads, [&](int begin, int end) {
+                crew.phase(phase++, count * m.kv_heads, [&](int begin, int end) {
                     for (int head = begin; head < end; head++) {
-                        const int b = head / m.kv_heads;
+                        const int r = head / m.kv_heads;
                         const int64_t at = head * capacity * m.head_dim;
-                        if (cache_type == FLOAT32) attention<float>(t, b, head % m.kv_heads, lengths[b], keys[l], values[l], at);
-                        else attention<bfloat16>(t, b, head % m.kv_heads, lengths[b], keys[l], values[l], at);
+                        // All tokens of a row, in order: who comes later sees the keys of those before.
+                        for (int b = first_of[r]; b < first_of[r + 1]; b++) {
+                            const int64_t length = lengths[r] + b - first_of[r];
+                            if (cache_type == FLOAT32) attention<float>(t, b, head % m.kv_heads, length, keys[l], values[l], at);
+                            else attention<bfloat16>(t, b, head % m.kv_heads, length, keys[l], values[l], at);
+                        }
                     }
                 });
                 multiplying(
@@ -672,7 +692,7 @@ private:
         rows = batch;
     }
 
-    // The embedding of a row's token, with its position.
+    // The embedding of a token, with its position.
     void begin(int b, int64_t id, int64_t position) {
         for (int i = 0; i < m.width; i += LANES) {
             Floats x = from_table(m.embedding, id, i);
@@ -721,7 +741,7 @@ private:
                      [&](int b, int i, Floats y) { store(hidden[b] + i, wide(hidden[b] + i) * y); });
     }
 
-    // All that is to be done for key-value head k of row b, by one thread: its key and value go to the cache, and the
+    // All that is to be done for key-value head k of token b, by one thread: its key and value go to the cache, and the
     // H/K queries that share it gather.
     template <class T> void attention(int t, int b, int k, int64_t length, void* all_keys, void* all_values, int64_t at) {
         const int d = m.head_dim, shared = m.heads / m.kv_heads;
@@ -746,11 +766,14 @@ private:
 
     const Model m;
     int rows = 0;  // there is room for
+    std::vector<int> first_of;                                         // each row's tokens, and the end
     Rows stream, query, key, value, gathered, hidden, cosines, sines;  // shared by the threads
     std::vector<Inputs> own;                                           // for each thread: what it multiplies,
     std::vector<std::vector<float>> scores, scaled;                    // its attention and its query
     Crew crew;                                                         // last: it ends before what it works on
 };
+
+#include "draw.h"
 
 }  // namespace
 
@@ -791,10 +814,10 @@ GPTCLI_API void* gptcli_open(const Model* model) {
 GPTCLI_API void gptcli_close(void* step) { delete static_cast<Step*>(step); }
 
 // See Step::run. Ids and lengths are checked by the caller. False where there is not enough memory.
-GPTCLI_API bool gptcli_step(void* step, int32_t batch, const int64_t* ids, const int64_t* lengths, int32_t cache_type,
-                            void* const* keys, void* const* values, int64_t capacity, float* logits) {
+GPTCLI_API bool gptcli_step(void* step, int32_t count, const int64_t* tokens, const int64_t* ids, const int64_t* lengths,
+                            int32_t cache_type, void* const* keys, void* const* values, int64_t capacity, float* logits) {
     try {
-        static_cast<Step*>(step)->run(batch, ids, lengths, cache_type, keys, values, capacity, logits);
+        static_cast<Step*>(step)->run(count, tokens, ids, lengths, cache_type, keys, values, capacity, logits);
         return true;
     } catch (const std::bad_alloc&) {
         return false;
@@ -807,4 +830,21 @@ GPTCLI_API void gptcli_multiply(const Matrix* m, int32_t batch, const float* x, 
     in.room(batch, m->columns);
     in.take(x, m->columns, batch, *m);
     multiply(*m, 0, m->rows / LANES, in, batch, [&](int b, int i, Floats out) { store(y + size_t(b) * m->rows + i, out); });
+}
+
+// A token for each of the rows [batch, vocab], ``stride`` numbers apart, or -1 where the caller has to decide: by the
+// rules of a chain, or without one the likeliest. Returns how many it gave.
+GPTCLI_API int32_t gptcli_draw(int32_t batch, int32_t vocab, int64_t stride, const float* logits, const draw::Chain* chain,
+                               const uint64_t* seeds, const int64_t* positions, int64_t* tokens) {
+    thread_local draw::Row row;
+    int32_t given = 0;
+    for (int32_t b = 0; b < batch; b++) try {
+            tokens[b] = draw::UNDECIDED;
+            if (!chain) tokens[b] = draw::likeliest(logits + b * stride, vocab);
+            else if (row.take(logits + b * stride, vocab, chain->temperature))
+                tokens[b] = draw::sampled(row, *chain, {seeds[b], positions[b]});
+            given += tokens[b] != draw::UNDECIDED;
+        } catch (const std::bad_alloc&) {
+        }
+    return given;
 }
