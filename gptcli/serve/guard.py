@@ -79,7 +79,7 @@ class Guard:
         if not self._key or path in _OPEN:
             return None
         kind, _, key = headers.get("authorization", "").partition(" ")
-        right = hmac.compare_digest(key.strip().encode("utf-8", "surrogateescape"), self._key)
+        right = hmac.compare_digest(key.strip().encode("latin-1"), self._key)
         if kind.lower() == "bearer" and right:
             return None
         said = "wrong" if key else "missing (Authorization: Bearer KEY)"

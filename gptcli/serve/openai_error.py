@@ -9,7 +9,7 @@ from typing import Any
 
 from starlette.responses import Response
 
-from gptcli.errors import BusyError, GptcliError, LimitError
+from gptcli.errors import BusyError, CorruptError, GptcliError, LimitError
 from gptcli.serve.app import status_of
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
@@ -36,7 +36,8 @@ def told(error: Exception) -> tuple[int, dict[str, Any]]:
     if isinstance(error, ApiError):
         status, param, code = error.status, error.param, error.code
     elif isinstance(error, GptcliError):
-        status = status_of(error)
+        # Of the model that is served; of files that are asked for it would be 404.
+        status = 500 if isinstance(error, CorruptError) else status_of(error)
         code = "rate_limit_exceeded" if isinstance(error, BusyError) else None
         code = "context_length_exceeded" if isinstance(error, LimitError) else code
     else:
