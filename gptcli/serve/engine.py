@@ -34,6 +34,8 @@ Result = TypeVar("Result")
 
 # Prompt tokens that are computed between two steps, where there are more: about what a step of many rows takes.
 _PROMPT_TOKENS = 256
+# Logits of rows whose tokens one thread draws.
+_FEW_LOGITS = 1 << 20
 
 
 @dataclass(eq=False)
@@ -317,10 +319,14 @@ class Engine:
         """Draw the next token of some rows with the same sampling, whose logits are ``[len(seats), V]``."""
         ticket, history = seats[0].ticket, seats[0].history
         seeds, positions = [seat.row.request.seed for seat in seats], [seat.row.position for seat in seats]
+        # Threads take longer to meet than so few numbers take, the more so beside those of the native step.
+        threads = 1 if logits.numel() <= _FEW_LOGITS else self._threads
+        runtime.set_threads(threads)
         drawn = sample(logits, ticket.sampling, seeds, positions, history)
         if history is not None:
             history.add(drawn)
         reports = report(logits, drawn, ticket.logprobs)
+        runtime.set_threads(self._threads)
         for seat, token, (chosen, top) in zip(seats, drawn.tolist(), reports, strict=True):
             step = seat.row.take(token, chosen, top, slide=seat.ticket.slide)
             self.counts.made_tokens += step.token is not None

@@ -2,7 +2,7 @@
 
     python tests/bench/serving.py [--model weights/fable] [--clients 32] [--tokens 128] [--rounds 5]
     python tests/bench/serving.py --against llama-server=127.0.0.1:8080      # another server with the same API
-    python tests/bench/serving.py --short                                    # does everything once, proves that it works
+    python tests/bench/serving.py --short                                  # everything once, proves that it works
 
 The server is a process of its own, at a TCP port of the loopback; the clients share one process, which only reads what
 comes and looks at the clock. All ask at once, each with its own prompt, and want all their tokens (``ignore_eos``).
@@ -30,7 +30,7 @@ from common import ROOT, environment, in_turn, report, summary
 sys.path.insert(0, str(ROOT))
 
 GOAL = 0.7
-WORDS = "the king a child some water one morning the forest her brother seven birds an old house".split()
+WORDS = ["the", "king", "a", "child", "water", "morning", "her", "brother", "seven", "birds", "an", "old", "house"]
 
 
 class Load(NamedTuple):
