@@ -21,6 +21,7 @@ from gptcli.core.requests import Request
 from gptcli.core.settings import Sampling
 from gptcli.serve.limits import Access, Limits
 from gptcli.text.template import PLAIN, open_template
+from tests.conftest import ROOT
 from tests.serve.running import Running, running
 
 TEXT = "Once upon a time there was"
@@ -631,6 +632,16 @@ def test_over_tcp_the_key_has_to_be_right(tiny_folder: Path, tmp_path: Path) -> 
 def test_our_own_routes_are_there_beside_it_by_the_socket_alone(server: Running) -> None:
     assert server.get("/gptcli/status").json["model"] == "tiny"
     assert server.get("/gptcli/status", tcp=True).status == 404
+
+
+def test_the_reference_names_every_metric_and_route(server: Running) -> None:
+    part = (ROOT / "docs" / "reference.md").read_text().split("\n## The HTTP API\n")[1].split("\n## ")[0]
+    names = [line.split()[2] for line in server.get("/metrics").body.decode().splitlines() if line.startswith("# TYPE")]
+    assert names
+    assert [name for name in names if f"`{name}`" not in part] == []
+    for route in server.api.routes:
+        (method,) = (route.methods or set()) - {"HEAD"}
+        assert f"`{method} {route.path.replace(':path', '')}`" in part
 
 
 def test_limits_reach_the_engine(server: Running) -> None:
