@@ -42,6 +42,13 @@ def serve(
     prefix_memory: Annotated[
         int, typer.Option("--prefix-memory", metavar="MB", min=0, help="For texts that later prompts may begin with.")
     ] = 256,
+    api_key: Annotated[
+        str, typer.Option("--api-key", metavar="KEY", help="What whoever comes over TCP has to know.")
+    ] = "",
+    cors: Annotated[
+        list[str] | None,
+        typer.Option("--cors", metavar="ORIGIN", help="A page in a browser that may ask, too; repeatable; * is any."),
+    ] = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     quantize: options.Quantize = "none",
@@ -88,10 +95,13 @@ def serve(
         loaded = open_for_inference(str(found.folder), out, threads=threads, **asked)
         loaded.name = found.name
         from gptcli.serve import inner, server
-        from gptcli.serve.app import Service, make_app
+        from gptcli.serve.app import Service
+        from gptcli.serve.limits import Access, Limits
+        from gptcli.serve.openai import Api
 
-        limits = {"rows": rows, "waiting": waiting, "prefix_bytes": prefix_memory << 20}
-        service = Service(loaded, found.folder, files, __version__, limits)
+        limits = Limits(rows=rows, waiting=waiting, prefix_bytes=prefix_memory << 20)
+        api = Api(limits, Access(api_key=api_key, origins=tuple(cors or ())))
+        service = Service(loaded, found.folder, files, __version__, limits.engine)
 
         def ready() -> None:
             out.note(f"{found.name} is warm at {place.socket}")
@@ -99,7 +109,7 @@ def serve(
                 host, port = sockets[1].getsockname()[:2]
                 out.note(f"OpenAI's API is at http://{f'[{host}]' if ':' in host else host}:{port}/v1")
 
-        app = make_app(service, inner.routes)
+        app = api.app(service, inner.routes)
         ended_by = server.run(app, service, sockets, ready=ready, idle_seconds=60 * idle)
         if ended_by == signal.SIGINT:
             raise KeyboardInterrupt

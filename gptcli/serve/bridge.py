@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -33,7 +33,7 @@ class Bridge:
         for ticket, steps in made:
             ticket.inbox.put_nowait((ticket, steps))
 
-    async def run(self, tickets: Sequence[Ticket]) -> AsyncIterator[tuple[int, list[Step]]]:
+    async def run(self, tickets: Sequence[Ticket]) -> AsyncGenerator[tuple[int, list[Step]], None]:
         """The steps of some tickets as they are made, each with its ticket's number, until all have ended.
 
         Raises what ``Engine.submit`` does, and a ticket's own error. However it ends, none is left running.
