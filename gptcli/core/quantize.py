@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import contextlib
 import math
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gptcli.core import runtime
+from gptcli.core import integers, runtime
 from gptcli.core.model import Transformer
 from gptcli.errors import CorruptError, UsageError
 
@@ -175,7 +174,10 @@ def _pick(layer: QuantizedLinear) -> _Product:
         return _cuda_product(layer)
     if layer.kind == "int4":
         return _Int4(layer)
-    return _Int8(layer) if "fbgemm" in torch.backends.quantized.supported_engines else _unpacked
+    if not integers.available():
+        return _unpacked
+    product = integers.IntegerProduct(layer.weight, layer.scale, layer.bias)
+    return lambda _, x: product(x)
 
 
 def _unpacked(layer: QuantizedLinear, x: Tensor) -> Tensor:
@@ -190,37 +192,6 @@ def _weight_only(layer: QuantizedLinear, x: Tensor, product: Callable[[Tensor], 
     if layer.bias is not None:
         made = made + layer.bias.to(x.dtype)
     return made.unflatten(0, x.shape[:-1])
-
-
-class _Int8:
-    """On a CPU of Intel's kind: a product of integers, so what is multiplied is rounded to 8 bits too.
-
-    One row is rounded between its least and its greatest value. Several rows would share those; so each is divided by
-    its own extreme value before and multiplied with it afterwards, and no row's numbers depend on its neighbours.
-    """
-
-    def __init__(self, layer: QuantizedLinear) -> None:
-        zeros = torch.zeros(layer.out_features, dtype=torch.int64)
-        self._bias = None if layer.bias is None else layer.bias.float()
-        with _engine("fbgemm"):
-            matrix = torch._make_per_channel_quantized_tensor(layer.weight, layer.scale.double(), zeros, 0)
-            self._packed = torch.ops.quantized.linear_prepack(matrix, self._bias)
-        self._one_row = torch.ops.quantized.linear_dynamic.default
-        self._rows = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
-        # Without VNNI the kernel adds pairs of products in 16 bits, and two of 8 bits do not fit.
-        self._reduced = not torch.cpu._is_vnni_supported()
-
-    def __call__(self, layer: QuantizedLinear, x: Tensor) -> Tensor:
-        wide = x.float()
-        if x.numel() == layer.in_features:
-            product = self._one_row(wide, self._packed, self._reduced)
-        else:
-            extreme = wide.abs().amax(-1, keepdim=True).clamp_(min=_TINY)
-            most = 63 if self._reduced else 127
-            product = self._rows(wide / extreme, 1 / most, most + 1, self._packed)
-            # The bias is within already, so what counts is what lies beyond: bias + extreme (product - bias).
-            product = product.mul_(extreme) if self._bias is None else torch.lerp(self._bias, product, extreme)
-        return product.to(x.dtype)
 
 
 class _Int4:
@@ -267,16 +238,3 @@ def _cuda_product(layer: QuantizedLinear) -> _Product:
         if (product(layer, x).float() - wanted).norm() <= 0.02 * wanted.norm():
             return product
     return _unpacked
-
-
-@contextlib.contextmanager
-def _engine(name: str) -> Iterator[None]:
-    """Within, torch packs quantized matrices for this library, and does not warn that it will move them elsewhere."""
-    before = torch.backends.quantized.engine
-    torch.backends.quantized.engine = name
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        torch.backends.quantized.engine = before
