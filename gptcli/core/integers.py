@@ -5,7 +5,8 @@ depend on its neighbours. A single row, which is a step, is rounded between its 
 kernel: doing here what is done for many rows would cost a quarter of its time.
 
 Two libraries have such products. FBGEMM is faster for few rows, oneDNN for many, and each has its own order of the
-matrix: it is packed for what is used, when it is used. Shapes as in ``core/quantize.py``.
+matrix: it is packed for what is used, when it is used, and the plain one is then let go, for it can be had back.
+Shapes as in ``core/quantize.py``.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ class IntegerProduct:
 
     def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
         """``weight`` int8 ``[R, in]``, ``scale`` float32 ``[R]``, ``bias`` ``[R]``."""
-        self._weight, self._scale = weight, scale
+        self._plain: Tensor | None = weight
+        self._scale = scale
         self._bias = None if bias is None else bias.float()
         self._zeros = torch.zeros(len(weight), dtype=torch.int64)
         # Without VNNI the kernels add pairs of products in 16 bits, and two of 8 bits do not fit.
@@ -53,6 +55,19 @@ class IntegerProduct:
         else:
             made = self._of_many(wide.flatten(0, -2)).unflatten(0, x.shape[:-1])
         return made.to(x.dtype)
+
+    def __deepcopy__(self, memo: object) -> IntegerProduct:
+        return IntegerProduct(self.weight.clone(), self._scale, self._bias)  # what is packed can't be copied
+
+    @property
+    def weight(self) -> Tensor:
+        """The matrix, int8 ``[R, in]``: unpacked anew, where it was packed."""
+        if self._plain is not None:
+            return self._plain
+        if self._many is not None:
+            return self._many.to_dense().t().contiguous()
+        plain: Tensor = torch.ops.quantized.linear_unpack(self._few)[0].int_repr()
+        return plain
 
     def _of_few(self, x: Tensor) -> Tensor:
         extreme = x.abs().amax(-1, keepdim=True).clamp_(min=_TINY)
@@ -76,13 +91,16 @@ class IntegerProduct:
         if self._few is None:
             with _engine("fbgemm"):
                 scale = self._scale.double()
-                matrix = torch._make_per_channel_quantized_tensor(self._weight, scale, self._zeros, 0)
+                matrix = torch._make_per_channel_quantized_tensor(self.weight, scale, self._zeros, 0)
                 self._few = torch.ops.quantized.linear_prepack(matrix, self._bias)
+            self._plain = None
         return self._few
 
     def _for_many(self) -> Tensor:
         if self._many is None:
-            self._many = torch.ops.onednn.qlinear_prepack(self._weight, [MANY, self._weight.shape[1]])
+            weight = self.weight
+            self._many = torch.ops.onednn.qlinear_prepack(weight, [MANY, weight.shape[1]])
+            self._plain = None
         return self._many
 
 

@@ -45,23 +45,39 @@ class QuantizedLinear(nn.Module):
     Attributes:
         kind: ``int8`` or ``int4``.
         weight: int8 ``[R, in]``, or uint8 ``[R, 16 G]``: byte j holds column 2j in its low half and 2j + 1 in its high
-            one; columns are filled up to whole groups with zeros, which are kept as 8.
+            one; columns are filled up to whole groups with zeros, which are kept as 8. It is held once: where a product
+            has packed it, this unpacks it.
         scale: float32 ``[R]``, or bfloat16 ``[R, G]``.
         bias: ``[R]`` in the model's dtype, or None.
         in_features, out_features: as of ``nn.Linear``.
     """
 
-    weight: Tensor
     scale: Tensor
+    _plain: Tensor | None
 
     def __init__(self, kind: str, weight: Tensor, scale: Tensor, bias: Tensor | None, in_features: int) -> None:
         super().__init__()
         self.kind = kind
         self.in_features, self.out_features = in_features, len(weight)
-        self.register_buffer("weight", weight)
+        self.register_buffer("_plain", weight)
         self.register_buffer("scale", scale)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self._product: _Product | None = None
+        self._integers: integers.IntegerProduct | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        if self._plain is not None:
+            return self._plain
+        assert self._integers is not None
+        return self._integers.weight
+
+    @property
+    def nbytes(self) -> int:
+        """What matrix, scales and bias take."""
+        bias = 0 if self.bias is None else self.bias.nbytes
+        columns = self.in_features if self.kind == "int8" else -(-self.in_features // GROUP) * GROUP // 2
+        return self.out_features * columns + self.scale.nbytes + bias
 
     @classmethod
     def of(cls, linear: nn.Linear, kind: str) -> QuantizedLinear:
@@ -81,6 +97,13 @@ class QuantizedLinear(nn.Module):
         if self._product is None:
             self._product = _pick(self)
         return self._product(self, x)
+
+    def integer_product(self) -> integers.IntegerProduct:
+        """A product that keeps the matrix from now on."""
+        if self._integers is None:
+            self._integers = integers.IntegerProduct(self.weight, self.scale, self.bias)
+            self._plain = None
+        return self._integers
 
     def slow(self, x: Tensor) -> Tensor:
         """The readable twin: every weight as the number that it stands for."""
@@ -114,7 +137,7 @@ def quantize_(transformer: Transformer, kind: str) -> Transformer:
     a finite number, which integers would hide.
     """
     for name, parameter in transformer.named_parameters():
-        if not parameter.abs().amax().isfinite():
+        if not all(extreme.isfinite() for extreme in parameter.aminmax()):
             raise CorruptError(f"{name} holds values that are not finite", "the weights are damaged: get them again")
     for parent in [transformer, *transformer.blocks.modules()]:
         for name, child in list(parent.named_children()):
@@ -176,8 +199,11 @@ def _pick(layer: QuantizedLinear) -> _Product:
         return _Int4(layer)
     if not integers.available():
         return _unpacked
-    product = integers.IntegerProduct(layer.weight, layer.scale, layer.bias)
-    return lambda _, x: product(x)
+    return _integer_product
+
+
+def _integer_product(layer: QuantizedLinear, x: Tensor) -> Tensor:
+    return layer.integer_product()(x)
 
 
 def _unpacked(layer: QuantizedLinear, x: Tensor) -> Tensor:
