@@ -31,7 +31,7 @@ _WORTH_STEPS, _WORTH_TOKENS = 32, 512
 # Tokens from which blocks beat torch's attention in bfloat16, and up to which their patterns are small beside the rest.
 _BLOCKS = range(128, 2049)
 # Tokens that go through quantized matrices at once: what is between two products stays in the processor's cache.
-_PIECE = 256
+_PIECE = 384
 # Numbers from which it pays to compute GELU in several small steps.
 _MANY_NUMBERS = 1 << 16
 

@@ -64,11 +64,15 @@ class QuantizedLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self._product: _Product | None = None
         self._integers: integers.IntegerProduct | None = None
+        self._joined: tuple[QuantizedLinear, slice] | None = None  # the map whose rows these are, and which
 
     @property
     def weight(self) -> Tensor:
         if self._plain is not None:
             return self._plain
+        if self._joined is not None:
+            whole, rows = self._joined
+            return whole.weight[rows]
         assert self._integers is not None
         return self._integers.weight
 
@@ -86,11 +90,18 @@ class QuantizedLinear(nn.Module):
         return cls(kind, weight, scale, linear.bias, linear.in_features)
 
     def beside(self, others: Sequence[QuantizedLinear]) -> QuantizedLinear:
-        """One map with the outputs of this one and then of others, which have the same input, kind and bias or none."""
+        """One map with the outputs of this one and then of others, which have the same input, kind and bias or none.
+
+        It holds the matrix from now on, for all of them.
+        """
         every = (self, *others)
         bias = None if self.bias is None else torch.cat([each.bias for each in every if each.bias is not None])
         weight, scale = (torch.cat([getattr(each, name) for each in every]) for name in ("weight", "scale"))
-        return QuantizedLinear(self.kind, weight, scale, bias, self.in_features)
+        whole, start = QuantizedLinear(self.kind, weight, scale, bias, self.in_features), 0
+        for each in every:
+            each._joined = whole, slice(start, start := start + each.out_features)
+            each._plain = each._integers = each._product = None
+        return whole
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in]`` to ``[..., out]``, in the dtype of ``x``: ``slow(x)`` within the rounding of the fast op."""
@@ -102,7 +113,7 @@ class QuantizedLinear(nn.Module):
         """A product that keeps the matrix from now on."""
         if self._integers is None:
             self._integers = integers.IntegerProduct(self.weight, self.scale, self.bias)
-            self._plain = None
+            self._plain = self._joined = None
         return self._integers
 
     def slow(self, x: Tensor) -> Tensor:

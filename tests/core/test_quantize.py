@@ -164,6 +164,13 @@ def test_maps_side_by_side_are_one(kind: str, bias: bool) -> None:
     whole = parts[0].beside(parts[1:])
     x = random(2, 40)
     assert whole.out_features == 37
+    assert sum(buffer.nbytes for part in parts for buffer in part.buffers()) == sum(p.scale.nbytes for p in parts)
+    whole(random(100, 40))
+    for part, alone in zip(
+        parts, [QuantizedLinear.of(linear(r, 40, bias=bias), kind) for r in (8, 24, 5)], strict=True
+    ):
+        assert torch.equal(part.weight, alone.weight)
+        torch.testing.assert_close(part(x), alone(x))
     torch.testing.assert_close(whole.slow(x), torch.cat([part.slow(x) for part in parts], -1))
 
 
