@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gptcli.core import runtime
 from gptcli.core.attention import attend, causal_in_blocks
 from gptcli.core.cache import KVCache, Mask, whole_sequence
 from gptcli.core.model import ACTIVATIONS, Transformer
@@ -56,7 +57,10 @@ class Lean:
         quantized = not isinstance(transformer.unembedding, nn.Linear)
         self._dtype = torch.float32 if quantized else self._table.dtype
         self.cache_dtype = torch.float32 if self._table.device.type == "cpu" else self._table.dtype
-        self._layers = [_Layer(block, self.config, self._table.dtype, self._dtype) for block in transformer.blocks]
+        self._layers: list[_Layer] = []
+        for block in transformer.blocks:
+            self._layers.append(_Layer(block, self.config, self._table.dtype, self._dtype))
+            runtime.give_back_memory()
         self._norm = _norm(transformer.norm, self._dtype)
         self._unembedding = _map(transformer.unembedding)
 

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gptcli.core import runtime
 from gptcli.core.model import Transformer
 from gptcli.core.rope import frequencies
 from gptcli.errors import ResourceError
@@ -81,6 +82,7 @@ class Packing:
             layer.mlp_norm = self.norm(block.get_submodule("mlp_norm"))
             for name, linear in _matrices_of(block):
                 setattr(layer, name, self.matrix(linear))
+            runtime.give_back_memory()
         turns = None
         if config.position == "rope":
             turns = self._keep(frequencies(config.head_dim, config.rope_theta, torch.device("cpu")))
