@@ -25,7 +25,7 @@ from gptcli.spec.plan import parse_cards
 _OPTIMIZER_NAMES = {"adamw": "AdamW", "muon": "Muon"}
 _SPLITS = {"none": "one card", "fsdp": "sharded (FSDP)"}
 _STORED = (
-    "Quantized are the matrices of the blocks alone: int8 with a scale a row, int4 with a scale and a zero point for "
+    "Quantized are the matrices of the blocks and the unembedding: int8 with a scale a row, int4 with a scale for "
     f"{GROUP} weights. float16 takes what bfloat16 takes."
 )
 
@@ -67,7 +67,7 @@ def tables(found: Mapping[str, Any]) -> list[Table]:
 
 
 def csv_rows(title: str, found: Mapping[str, Any]) -> list[tuple[str, str, object]]:
-    """The same for a sheet, a figure a row: ``gpt3, memory.inference.int8.weights_bytes, 175283576832``."""
+    """The same for a sheet, a figure a row: ``gpt3, memory.inference.int8.weights_bytes, 175922569540``."""
     return [(title, name, value) for name, value in _leaves("", found)]
 
 

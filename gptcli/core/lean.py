@@ -12,6 +12,7 @@ Packing copies every matrix: whether that is worth it says ``worth_packing``. Sh
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gptcli.core import runtime
 from gptcli.core.attention import attend, causal_in_blocks
 from gptcli.core.cache import KVCache, Mask, whole_sequence
 from gptcli.core.model import ACTIVATIONS, Transformer
@@ -29,6 +31,10 @@ from gptcli.spec.config import ModelConfig
 _WORTH_STEPS, _WORTH_TOKENS = 32, 512
 # Tokens from which blocks beat torch's attention in bfloat16, and up to which their patterns are small beside the rest.
 _BLOCKS = range(128, 2049)
+# Tokens that go through quantized matrices at once: what is between two products stays in the processor's cache.
+_PIECE = 384
+# Numbers from which it pays to compute GELU in several small steps.
+_MANY_NUMBERS = 1 << 16
 
 
 def worth_packing(prompt_tokens: int, max_tokens: int, rows: int = 1) -> bool:
@@ -51,7 +57,10 @@ class Lean:
         quantized = not isinstance(transformer.unembedding, nn.Linear)
         self._dtype = torch.float32 if quantized else self._table.dtype
         self.cache_dtype = torch.float32 if self._table.device.type == "cpu" else self._table.dtype
-        self._layers = [_Layer(block, self.config, self._table.dtype, self._dtype) for block in transformer.blocks]
+        self._layers: list[_Layer] = []
+        for block in transformer.blocks:
+            self._layers.append(_Layer(block, self.config, self._table.dtype, self._dtype))
+            runtime.give_back_memory()
         self._norm = _norm(transformer.norm, self._dtype)
         self._unembedding = _map(transformer.unembedding)
 
@@ -85,6 +94,9 @@ class _Layer:
         part: Any = block
         attention, mlp = part.attention, part.mlp
         self._dtype = dtype
+        self._quantized = not isinstance(mlp.up, nn.Linear)
+        # Before it is rotated, nothing is rounded.
+        self._attended = dtype if config.position == "learned" else stream
         self._heads, self._kv_heads, self._head_dim = config.heads, config.kv_heads, config.head_dim
         self._attention_norm, self._mlp_norm = (_norm(norm, stream) for norm in (part.attention_norm, part.mlp_norm))
         self._qkv = _map(_beside(attention.query, attention.key, attention.value))
@@ -98,7 +110,7 @@ class _Layer:
     ) -> Tensor:
         """``[B, T, C]`` to ``[B, T, C]``, or, with ``last`` (``[B]``, a query a row), to ``[B, 1, C]``."""
         batch, count, _ = stream.shape
-        qkv = self._qkv(self._attention_norm(stream))
+        qkv = self._query_key_value(stream)
         if count == 1:
             heads = qkv.view(batch, -1, 1, self._head_dim)  # [B, H + 2 K, T, D]
         else:
@@ -108,13 +120,40 @@ class _Layer:
             query, key = rotate(query, turn), rotate(key, turn)
         if cache is not None:
             keys, values = cache.append(layer, key, value)
-            if not isinstance(mask, str):  # else there is nothing before, and these are as good
+            # Without anything before these are as good; but the cache's are in order, and copied already.
+            if not isinstance(mask, str) or keys.dtype is key.dtype:
                 key, value = keys, values
         if last is not None and count > 1:
             rows = torch.arange(batch, device=stream.device)
             query, stream = query[rows, :, last, None], stream[rows, last, None]  # [B, H, 1, D] and [B, 1, C]
             mask = _of_last(mask, last, key.shape[2])
-        stream = self._output.added(_attend(query, key, value, mask, self._dtype), stream)
+        gathered = _attend(query, key, value, mask, self._dtype)
+        return self._in_pieces(self._rest, stream, stream, gathered)
+
+    def _query_key_value(self, stream: Tensor) -> Tensor:
+        """``[B, T, C]`` to ``[B, T, (H + 2 K) D]``."""
+        if stream.shape[1] == 1:
+            return self._project(stream)
+        width = (self._heads + 2 * self._kv_heads) * self._head_dim
+        made = stream.new_empty((*stream.shape[:2], width), dtype=self._attended)
+        return self._in_pieces(self._project, made, stream)
+
+    def _project(self, stream: Tensor) -> Tensor:
+        return self._qkv(self._attention_norm(stream))
+
+    def _in_pieces(self, function: Callable[..., Tensor], made: Tensor, *given: Tensor) -> Tensor:
+        """``function`` of tensors ``[B, T, ...]``, whose rows are independent: of some at a time, into ``made``."""
+        count = given[0].shape[:2].numel()
+        if not self._quantized or count <= _PIECE:
+            return function(*given).to(made.dtype)
+        size = -(-count // -(-count // _PIECE))  # all about as large
+        for place, *parts in zip(*(x.flatten(0, 1).split(size) for x in (made, *given)), strict=True):
+            place.copy_(function(*parts))
+        return made
+
+    def _rest(self, stream: Tensor, gathered: Tensor) -> Tensor:
+        """The stream with what attention gathered, and then with what the MLP adds; both ``[..., C]``."""
+        stream = self._output.added(gathered.to(stream.dtype), stream)
         x = self._mlp_norm(stream)
         if self._gate is None:
             hidden = self._up.activated(x, self._activation)
@@ -183,11 +222,22 @@ class _Map:
         return self._module.forward(x)  # no module of these has hooks
 
     def activated(self, x: Tensor, activation: str) -> Tensor:
-        return ACTIVATIONS[activation](self(x))
+        made = self(x)
+        return _gelu_tanh(made) if activation == "gelu_tanh" and _is_large(made) else ACTIVATIONS[activation](made)
 
     def added(self, x: Tensor, stream: Tensor) -> Tensor:
         """The sum of both."""
         return self(x).add_(stream)
+
+
+def _is_large(x: Tensor) -> bool:
+    return x.numel() >= _MANY_NUMBERS and x.dtype is torch.float32
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    """``x (1 + tanh u) / 2`` is ``x sigmoid(2 u)``: torch's tanh takes longer than all of this."""
+    two = 2 * math.sqrt(2 / math.pi)
+    return (x * x).mul_(0.044715 * two).add_(two).mul_(x).sigmoid_().mul_(x)
 
 
 # The activations as oneDNN names them: the operation and its variant.

@@ -22,6 +22,7 @@ from gptcli.core.decode import Decoder
 from gptcli.core.generate import generate
 from gptcli.core.requests import Request, Timing
 from gptcli.core.settings import Sampling
+from gptcli.core.stepping import held_bytes
 from gptcli.spec.flops import count_flops
 from gptcli.spec.index import read_folder
 from gptcli.text.bulk import cores
@@ -206,9 +207,7 @@ def some_ids(model: Model, count: int) -> list[int]:
 
 def weight_bytes(transformer: nn.Module) -> int:
     """The bytes of weights that a step reads: all but the tables that are only looked up, whatever they are held in."""
-    parts = [getattr(transformer, name) for name in ("blocks", "norm", "unembedding")]
-    tensors = [tensor for part in parts for tensor in _tensors(part)]
-    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
+    return held_bytes(*(getattr(transformer, name) for name in ("blocks", "norm", "unembedding")))
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:

@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from gptcli.core.cache import KVCache
 from gptcli.core.model import Transformer
 from gptcli.core.native_build import Library
-from gptcli.core.native_pack import DTYPES, TYPES, PackedMatrix, PackedModel, Packing, matrices, stored
+from gptcli.core.native_pack import DTYPES, TYPES, PackedMatrix, PackedModel, Packing, kind_of, matrices
 from gptcli.errors import LimitError, ResourceError, UnsupportedError
 
 # How far logits may be from the transformer's, as a share of their standard deviation. In float32 only the order of
@@ -154,11 +154,11 @@ class _Places:
 class NativeMatrix:
     """One packed matrix, to be multiplied on one thread: for tests and benchmarks of the products alone."""
 
-    def __init__(self, library: Library, linear: nn.Module) -> None:
+    def __init__(self, library: Library, linear: Any) -> None:
         self._functions = _declared(library)
         self._packing = Packing(library.lanes, iter([linear]))
         self._matrix = self._packing.matrix(linear)
-        self.rows = len(stored(linear)[1])
+        self.rows = int(linear.out_features)
 
     def __call__(self, x: Tensor) -> Tensor:
         """``[B, columns]`` float32 to ``[B, rows]``."""
@@ -222,4 +222,4 @@ def compare(step: NativeStep, transformer: Transformer, tokens: int = 8) -> Comp
         wanted = transformer(ids[:, place : place + 1], caches[0])[:, 0].float()  # [B, V]
         share = (step.step(ids[:, place], caches[1]) - wanted).abs().max() / wanted.std()
         difference = max(difference, share.item()) if share == share else math.nan
-    return Comparison(tokens, difference, LIMITS[stored(transformer.unembedding)[0]])
+    return Comparison(tokens, difference, LIMITS[kind_of(transformer.unembedding)])

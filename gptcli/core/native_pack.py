@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gptcli.core import runtime
 from gptcli.core.model import Transformer
 from gptcli.core.rope import frequencies
 from gptcli.errors import ResourceError
@@ -81,6 +82,7 @@ class Packing:
             layer.mlp_norm = self.norm(block.get_submodule("mlp_norm"))
             for name, linear in _matrices_of(block):
                 setattr(layer, name, self.matrix(linear))
+            runtime.give_back_memory()
         turns = None
         if config.position == "rope":
             turns = self._keep(frequencies(config.head_dim, config.rope_theta, torch.device("cpu")))
@@ -101,7 +103,7 @@ class Packing:
 
     def matrix(self, linear: nn.Module) -> PackedMatrix:
         kind, weight, scale = stored(linear)
-        rows, columns = self._padded_shape(kind, weight)
+        rows, columns = self._padded_shape(linear)
         words = _WORDS[kind](weight)
         packed = self._memory.take(rows // self.lanes, columns * _BITS[kind] // 32, self.lanes, dtype=torch.int32)
         _into_panels(words, packed)
@@ -117,14 +119,13 @@ class Packing:
 
     def _size(self, linear: nn.Module) -> int:
         """Bytes that ``matrix`` takes, or some more."""
-        kind, weight, _ = stored(linear)
-        rows, columns = self._padded_shape(kind, weight)
+        kind = kind_of(linear)
+        rows, columns = self._padded_shape(linear)
         scales = rows * (columns // GROUP) * 2 + rows * 4
         return rows * columns * _BITS[kind] // 8 + scales + 2 * _ALIGNMENT
 
-    def _padded_shape(self, kind: str, weight: Tensor) -> tuple[int, int]:
-        rows, columns = weight.shape
-        return _up(rows, self.lanes), _up(2 * columns if kind == "int4" else columns, GROUP)
+    def _padded_shape(self, linear: Any) -> tuple[int, int]:
+        return _up(linear.out_features, self.lanes), _up(linear.in_features, GROUP)
 
     def _padded(self, vector: Tensor | None, size: int | None = None) -> int | None:
         """The address of a vector in float32, with zeros up to ``size``, by default to whole groups."""
@@ -152,6 +153,11 @@ def _matrices_of(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield from (named for named in block.get_submodule(part).named_children() if named[0] in _MATRICES)
 
 
+def kind_of(linear: Any) -> str:
+    """In what a matrix is kept, which costs nothing to ask: ``stored`` may have to unpack it."""
+    return getattr(linear, "kind", None) or DTYPES[linear.weight.dtype]
+
+
 def stored(linear: nn.Module) -> tuple[str, Tensor, Tensor | None]:
     """A matrix as it is kept: its type, the numbers ``[rows, columns]`` (int4: two a byte), and their scale.
 
@@ -159,8 +165,7 @@ def stored(linear: nn.Module) -> tuple[str, Tensor, Tensor | None]:
     bfloat16 one for each row and group of 32 columns, ``w ~ scale * (q - 8)``, two numbers a byte, the even column low.
     """
     any_linear: Any = linear
-    kind, weight = getattr(linear, "kind", None), any_linear.weight.detach()
-    return (kind, weight, any_linear.scale) if kind else (DTYPES[weight.dtype], weight, None)
+    return kind_of(linear), any_linear.weight.detach(), getattr(linear, "scale", None)
 
 
 # --- Numbers [rows, columns] to words of 32 bits [rows, W]

@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import contextlib
 import math
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gptcli.core import runtime
+from gptcli.core import integers, runtime
 from gptcli.core.model import Transformer
 from gptcli.errors import CorruptError, UsageError
 
@@ -46,23 +45,43 @@ class QuantizedLinear(nn.Module):
     Attributes:
         kind: ``int8`` or ``int4``.
         weight: int8 ``[R, in]``, or uint8 ``[R, 16 G]``: byte j holds column 2j in its low half and 2j + 1 in its high
-            one; columns are filled up to whole groups with zeros, which are kept as 8.
+            one; columns are filled up to whole groups with zeros, which are kept as 8. It is held once: where a product
+            has packed it, this unpacks it.
         scale: float32 ``[R]``, or bfloat16 ``[R, G]``.
         bias: ``[R]`` in the model's dtype, or None.
         in_features, out_features: as of ``nn.Linear``.
     """
 
-    weight: Tensor
     scale: Tensor
+    _plain: Tensor | None
 
     def __init__(self, kind: str, weight: Tensor, scale: Tensor, bias: Tensor | None, in_features: int) -> None:
         super().__init__()
         self.kind = kind
         self.in_features, self.out_features = in_features, len(weight)
-        self.register_buffer("weight", weight)
+        self.register_buffer("_plain", weight)
         self.register_buffer("scale", scale)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self._product: _Product | None = None
+        self._integers: integers.IntegerProduct | None = None
+        self._joined: tuple[QuantizedLinear, slice] | None = None  # the map whose rows these are, and which
+
+    @property
+    def weight(self) -> Tensor:
+        if self._plain is not None:
+            return self._plain
+        if self._joined is not None:
+            whole, rows = self._joined
+            return whole.weight[rows]
+        assert self._integers is not None
+        return self._integers.weight
+
+    @property
+    def nbytes(self) -> int:
+        """What matrix, scales and bias take."""
+        bias = 0 if self.bias is None else self.bias.nbytes
+        columns = self.in_features if self.kind == "int8" else -(-self.in_features // GROUP) * GROUP // 2
+        return self.out_features * columns + self.scale.nbytes + bias
 
     @classmethod
     def of(cls, linear: nn.Linear, kind: str) -> QuantizedLinear:
@@ -71,17 +90,31 @@ class QuantizedLinear(nn.Module):
         return cls(kind, weight, scale, linear.bias, linear.in_features)
 
     def beside(self, others: Sequence[QuantizedLinear]) -> QuantizedLinear:
-        """One map with the outputs of this one and then of others, which have the same input, kind and bias or none."""
+        """One map with the outputs of this one and then of others, which have the same input, kind and bias or none.
+
+        It holds the matrix from now on, for all of them.
+        """
         every = (self, *others)
         bias = None if self.bias is None else torch.cat([each.bias for each in every if each.bias is not None])
         weight, scale = (torch.cat([getattr(each, name) for each in every]) for name in ("weight", "scale"))
-        return QuantizedLinear(self.kind, weight, scale, bias, self.in_features)
+        whole, start = QuantizedLinear(self.kind, weight, scale, bias, self.in_features), 0
+        for each in every:
+            each._joined = whole, slice(start, start := start + each.out_features)
+            each._plain = each._integers = each._product = None
+        return whole
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in]`` to ``[..., out]``, in the dtype of ``x``: ``slow(x)`` within the rounding of the fast op."""
         if self._product is None:
             self._product = _pick(self)
         return self._product(self, x)
+
+    def integer_product(self) -> integers.IntegerProduct:
+        """A product that keeps the matrix from now on."""
+        if self._integers is None:
+            self._integers = integers.IntegerProduct(self.weight, self.scale, self.bias)
+            self._plain = self._joined = None
+        return self._integers
 
     def slow(self, x: Tensor) -> Tensor:
         """The readable twin: every weight as the number that it stands for."""
@@ -115,7 +148,7 @@ def quantize_(transformer: Transformer, kind: str) -> Transformer:
     a finite number, which integers would hide.
     """
     for name, parameter in transformer.named_parameters():
-        if not parameter.abs().amax().isfinite():
+        if not all(extreme.isfinite() for extreme in parameter.aminmax()):
             raise CorruptError(f"{name} holds values that are not finite", "the weights are damaged: get them again")
     for parent in [transformer, *transformer.blocks.modules()]:
         for name, child in list(parent.named_children()):
@@ -175,7 +208,13 @@ def _pick(layer: QuantizedLinear) -> _Product:
         return _cuda_product(layer)
     if layer.kind == "int4":
         return _Int4(layer)
-    return _Int8(layer) if "fbgemm" in torch.backends.quantized.supported_engines else _unpacked
+    if not integers.available():
+        return _unpacked
+    return _integer_product
+
+
+def _integer_product(layer: QuantizedLinear, x: Tensor) -> Tensor:
+    return layer.integer_product()(x)
 
 
 def _unpacked(layer: QuantizedLinear, x: Tensor) -> Tensor:
@@ -190,37 +229,6 @@ def _weight_only(layer: QuantizedLinear, x: Tensor, product: Callable[[Tensor], 
     if layer.bias is not None:
         made = made + layer.bias.to(x.dtype)
     return made.unflatten(0, x.shape[:-1])
-
-
-class _Int8:
-    """On a CPU of Intel's kind: a product of integers, so what is multiplied is rounded to 8 bits too.
-
-    One row is rounded between its least and its greatest value. Several rows would share those; so each is divided by
-    its own extreme value before and multiplied with it afterwards, and no row's numbers depend on its neighbours.
-    """
-
-    def __init__(self, layer: QuantizedLinear) -> None:
-        zeros = torch.zeros(layer.out_features, dtype=torch.int64)
-        self._bias = None if layer.bias is None else layer.bias.float()
-        with _engine("fbgemm"):
-            matrix = torch._make_per_channel_quantized_tensor(layer.weight, layer.scale.double(), zeros, 0)
-            self._packed = torch.ops.quantized.linear_prepack(matrix, self._bias)
-        self._one_row = torch.ops.quantized.linear_dynamic.default
-        self._rows = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
-        # Without VNNI the kernel adds pairs of products in 16 bits, and two of 8 bits do not fit.
-        self._reduced = not torch.cpu._is_vnni_supported()
-
-    def __call__(self, layer: QuantizedLinear, x: Tensor) -> Tensor:
-        wide = x.float()
-        if x.numel() == layer.in_features:
-            product = self._one_row(wide, self._packed, self._reduced)
-        else:
-            extreme = wide.abs().amax(-1, keepdim=True).clamp_(min=_TINY)
-            most = 63 if self._reduced else 127
-            product = self._rows(wide / extreme, 1 / most, most + 1, self._packed)
-            # The bias is within already, so what counts is what lies beyond: bias + extreme (product - bias).
-            product = product.mul_(extreme) if self._bias is None else torch.lerp(self._bias, product, extreme)
-        return product.to(x.dtype)
 
 
 class _Int4:
@@ -267,16 +275,3 @@ def _cuda_product(layer: QuantizedLinear) -> _Product:
         if (product(layer, x).float() - wanted).norm() <= 0.02 * wanted.norm():
             return product
     return _unpacked
-
-
-@contextlib.contextmanager
-def _engine(name: str) -> Iterator[None]:
-    """Within, torch packs quantized matrices for this library, and does not warn that it will move them elsewhere."""
-    before = torch.backends.quantized.engine
-    torch.backends.quantized.engine = name
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        torch.backends.quantized.engine = before

@@ -55,9 +55,20 @@ def pick_threads(transformer: Transformer, most: int) -> int:
 
     Between two waits each has to have more to read than a wait costs, which is a microsecond or two.
     """
-    tensors = (*transformer.parameters(), *transformer.buffers())
     waits = 5 * transformer.config.layers + 1
-    return max(1, min(most, sum(tensor.nbytes for tensor in tensors) // waits // _WORTH_A_THREAD))
+    return max(1, min(most, held_bytes(transformer) // waits // _WORTH_A_THREAD))
+
+
+def held_bytes(*modules: nn.Module) -> int:
+    """What weights take; those of a module that says so itself (``nbytes``) may be packed and not to be seen."""
+    sizes: dict[int, int] = {}
+    for module in (inner for outer in modules for inner in outer.modules()):
+        if hasattr(module, "nbytes"):
+            sizes[id(module)] = int(module.nbytes)  # type: ignore[arg-type]
+        else:
+            tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+            sizes |= {tensor.data_ptr(): tensor.nbytes for tensor in tensors}  # a tied one once
+    return sum(sizes.values())
 
 
 class Stepping:

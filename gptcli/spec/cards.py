@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from gptcli.spec.config import ModelConfig
-from gptcli.spec.memory import Storage, kv_bytes_per_token, number_bytes, tensor_bytes
-from gptcli.spec.params import Tensor, grouped
+from gptcli.spec.memory import Storage, held, is_quantized, kv_bytes_per_token, number_bytes, tensor_bytes
+from gptcli.spec.params import Tensor
 from gptcli.spec.plan import COMMUNICATION_BYTES, CONTEXT_BYTES, FRAGMENTATION, Optimizer, TrainingPlan, plan_training
 
 GROUP_CARDS = 8
@@ -67,7 +67,7 @@ class _Parts:
     tensor: int
     before: int  # embedding, positions
     block: int
-    after: int  # final norm, untied unembedding
+    after: int  # final norm, unembedding unless it is the table
     copy: int  # of a tied table, where its two ends are on different cards
     kv_cache: int  # of one layer
     workspace: int
@@ -76,7 +76,7 @@ class _Parts:
     def of(cls, config: ModelConfig, dtype: Storage, tensor: int, context: int, sequences: int) -> _Parts:
         sizes = {"before": 0, "block": 0, "after": 0}
         table = 0
-        for each in grouped(config):
+        for each in held(config, dtype):
             size = tensor_bytes(each, part_shape(each, tensor), dtype)
             looked_up = each.category in ("Embedding", "Positions")
             sizes["block" if each.layer is not None else "before" if looked_up else "after"] += size
@@ -88,7 +88,7 @@ class _Parts:
         values = context * sequences * (2 * config.width + -(-widest // tensor))
         logits = 4 * sequences * -(-config.vocab_size // tensor)
         workspace = values * number_bytes(dtype) + logits
-        copy = table if config.tied else 0
+        copy = table if config.tied and not is_quantized(dtype) else 0
         return cls(config, tensor, **sizes, copy=copy, kv_cache=kv_cache, workspace=workspace)
 
     def stage(self, number: int, pipeline: int) -> tuple[int, Holding]:

@@ -1,12 +1,14 @@
 """Memory on paper: weights in each type that they are kept in, the KV cache, and what training keeps.
 
-Quantized means weights only, and of the weights the matrices of the blocks: tables, biases and norms stay in bfloat16,
-and so does the KV cache. int8 has a scale a row; int4 has a scale and a zero point for every ``GROUP`` weights of a
-row, as gpt-fast and others keep them; all scales in bfloat16. float16 takes what bfloat16 takes.
+Quantized are weights only, and of those what is multiplied: the matrices of the blocks and the unembedding, as
+``core/quantize.py`` keeps them. int8 has a float32 scale a row; int4 a bfloat16 one for every ``GROUP`` weights of a
+row, which is filled up to whole groups. Tables, biases and norms stay in bfloat16, and so does the KV cache; a tied
+table is kept beside its quantized copy. float16 takes what bfloat16 takes.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -21,9 +23,9 @@ STORAGES: tuple[Storage, ...] = ("float32", "bfloat16", "int8", "int4")
 OPTIMIZERS: tuple[Optimizer, ...] = ("adamw", "muon")
 TRAINED: tuple[Dtype, ...] = ("float32", "bfloat16")
 
-# Weights of a row that share an int4 scale and zero point.
-GROUP = 128
-_BFLOAT16 = 2
+# Weights of a row that share an int4 scale.
+GROUP = 32
+_BFLOAT16, _FLOAT32 = 2, 4
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class TrainingMemory:
 def inference_memory(config: ModelConfig, dtype: Storage, context: int, sequences: int = 1) -> InferenceMemory:
     """What a model takes to answer ``sequences`` texts of ``context`` tokens at once."""
     each = kv_bytes_per_token(config, dtype)
-    weights = sum(count * tensor_bytes(tensor, tensor.shape, dtype) for tensor, count in grouped(config).items())
+    weights = sum(count * tensor_bytes(tensor, tensor.shape, dtype) for tensor, count in held(config, dtype).items())
     return InferenceMemory(dtype, weights, each, each * context * sequences)
 
 
@@ -99,18 +101,31 @@ def kv_bytes_per_token(config: ModelConfig, dtype: Storage) -> int:
 
 def number_bytes(dtype: Storage) -> int:
     """Of a number that is not a quantized weight."""
-    return 4 if dtype == "float32" else _BFLOAT16
+    return _FLOAT32 if dtype == "float32" else _BFLOAT16
+
+
+def held(config: ModelConfig, dtype: Storage) -> Counter[Tensor]:
+    """The tensors that are kept, and how often each is: beside a tied table stands what multiplies, if quantized."""
+    every = grouped(config)
+    if config.tied and is_quantized(dtype):
+        every[Tensor("unembedding.weight", (config.vocab_size, config.width), "Unembedding")] += 1
+    return every
+
+
+def is_quantized(dtype: Storage) -> bool:
+    return dtype in ("int8", "int4")
 
 
 def tensor_bytes(tensor: Tensor, shape: Iterable[int], dtype: Storage) -> int:
     """Bytes of a tensor, or of a part of it, of this ``shape`` (``[out, in]`` or ``[out]``)."""
     rows, *rest = shape
     columns = rest[0] if rest else 1
-    if not tensor.is_block_matrix or dtype in ("float32", "bfloat16"):
+    multiplied = tensor.is_block_matrix or tensor.category == "Unembedding"
+    if not (multiplied and is_quantized(dtype)):
         return rows * columns * number_bytes(dtype)
     if dtype == "int8":
-        return rows * (columns + _BFLOAT16)
-    return rows * (-(-columns // 2) + 2 * _BFLOAT16 * -(-columns // GROUP))
+        return rows * (columns + _FLOAT32)
+    return rows * -(-columns // GROUP) * (GROUP // 2 + _BFLOAT16)
 
 
 def check_use(config: ModelConfig, context: int | None, sequences: int) -> int:

@@ -187,3 +187,20 @@ def test_the_transformer_stays_as_it_is() -> None:
 )
 def test_small_jobs_pack_nothing(counts: tuple[int, ...], worth: bool) -> None:
     assert worth_packing(*counts) == worth
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_quantized_prompts_go_in_pieces_and_are_the_same(name: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = CONFIGS[name]
+    made = Lean(model_of(config, "int8"))
+    ids = some_ids(config, rows=rows)
+    whole = made(ids)
+    monkeypatch.setattr(lean, "_PIECE", 4)
+    torch.testing.assert_close(made(ids), whole, atol=1e-5, rtol=0)
+
+
+def test_gelu_in_small_steps_is_gelu() -> None:
+    x = torch.cat((torch.linspace(-12, 12, 10_001), torch.tensor([-1e30, -1e4, 1e4, 1e30])))
+    wanted = torch.nn.functional.gelu(x.double(), approximate="tanh")
+    torch.testing.assert_close(lean._gelu_tanh(x).double(), wanted, atol=1e-6, rtol=1e-6)

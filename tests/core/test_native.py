@@ -42,6 +42,7 @@ class Quantized(nn.Module):
         super().__init__()
         weight = linear.get_parameter("weight").detach().float()
         self.kind, self.bias = kind, getattr(linear, "bias", None)
+        self.out_features, self.in_features = linear.get_parameter("weight").shape
         rows, columns = weight.shape
         if kind == "int8":
             self.scale = weight.abs().amax(1) / 127

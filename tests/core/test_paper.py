@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gptcli.core.build import random_model
 from gptcli.core.cache import KVCache
+from gptcli.core.quantize import KINDS, quantize_
 from gptcli.spec.config import ModelConfig
 from gptcli.spec.flops import count_flops, flops_per_token
 from gptcli.spec.memory import inference_memory, training_memory
@@ -51,6 +53,17 @@ def test_the_cache_is_as_large_as_memory_says(config: ModelConfig, dtype: str) -
 def test_the_weights_are_as_large_as_memory_says(config: ModelConfig, dtype: str) -> None:
     model = random_model(config, 0).to(getattr(torch, dtype))
     assert inference_memory(config, dtype, CONTEXT).weights == sum(parameter.nbytes for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("odd", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_quantized_weights_are_as_large_as_memory_says(config: ModelConfig, kind: Any, odd: bool) -> None:
+    if odd:  # no width is a whole number of groups
+        config = replace(config, width=40, head_dim=10, mlp_width=101, vocab_size=53)
+    model = quantize_(random_model(config, 0).bfloat16(), kind)
+    model.tie()
+    held = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    assert inference_memory(config, kind, CONTEXT).weights == held
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from gptcli.core import integers
 from gptcli.core.build import open_model
 from gptcli.core.cache import KVCache
 from gptcli.core.model import Transformer
@@ -120,6 +121,34 @@ def test_the_fast_product_is_the_slow_one(kind: str, dtype: torch.dtype, size: t
     assert layer(torch.zeros(3, size[1], dtype=dtype)).isfinite().all()
 
 
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("rows", [[1], [100], [1, 3, 100], [100, 1]], ids=str)
+def test_a_matrix_is_held_once_and_the_same_after_it_was_packed(size: tuple[int, int], rows: list[int]) -> None:
+    layer = QuantizedLinear.of(linear(*size), "int8")
+    plain, held = layer.weight.clone(), layer.nbytes
+    for count in rows:
+        layer(random(count, size[1]))
+    assert torch.equal(layer.weight, plain)
+    assert layer.nbytes == held == plain.nbytes + layer.scale.nbytes + 4 * size[0]
+    if integers.available():
+        assert all(buffer is layer.scale for buffer in layer.buffers())
+    x = random(2, size[1])
+    assert torch.equal(copy.deepcopy(layer)(x), layer(x))
+
+
+@pytest.mark.parametrize("count", [1, integers.MANY - 1, integers.MANY, 300])
+def test_many_rows_are_rounded_as_few_are(count: int) -> None:
+    """Each row by itself: how many go along, and by which library, is not to be seen but in the last digits."""
+    layer = QuantizedLinear.of(linear(50, 64), "int8")
+    x = random(300, 64) * torch.logspace(-3, 3, 300)[:, None]
+    together, apart = layer(x), torch.cat([layer(part) for part in x.split(count)])
+    if count > 1:  # a single one is rounded within the kernel, differently
+        close = (together - apart).abs() <= 1e-4 * apart.abs().amax(-1, keepdim=True)
+        # A value in the middle between two levels may go either way.
+        assert close.all(-1).float().mean() > 0.97
+    assert relative(together, apart) < 0.01
+
+
 @every_kind
 def test_rows_do_not_depend_on_their_neighbours(kind: str) -> None:
     layer = QuantizedLinear.of(linear(50, 64), kind)
@@ -135,6 +164,13 @@ def test_maps_side_by_side_are_one(kind: str, bias: bool) -> None:
     whole = parts[0].beside(parts[1:])
     x = random(2, 40)
     assert whole.out_features == 37
+    assert sum(buffer.nbytes for part in parts for buffer in part.buffers()) == sum(p.scale.nbytes for p in parts)
+    whole(random(100, 40))
+    for part, alone in zip(
+        parts, [QuantizedLinear.of(linear(r, 40, bias=bias), kind) for r in (8, 24, 5)], strict=True
+    ):
+        assert torch.equal(part.weight, alone.weight)
+        torch.testing.assert_close(part(x), alone(x))
     torch.testing.assert_close(whole.slow(x), torch.cat([part.slow(x) for part in parts], -1))
 
 
