@@ -60,7 +60,7 @@ def test_generate_fields(gptcli: Gptcli, tiny_folder: Path) -> None:
     first = objects(done.stdout)[0]
     assert documented("generate") == set(first)
     assert set(first["usage"]) == {"prompt_tokens", "completion_tokens"}
-    part = REFERENCE.split("\n### generate\n")[1]
+    part = REFERENCE.split("\n### generate\n")[1].split("\n### ")[0]
     (row,) = re.findall(r"^\| `timing` \| (.*) \|$", part, flags=re.MULTILINE)
     assert set(first["timing"]) == set(re.findall(r"`([a-z_]+)`", row))
     assert set(first["logprobs"][0]) == {"id", "text", "logprob", "top"}
