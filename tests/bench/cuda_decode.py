@@ -89,7 +89,7 @@ def measure(preset: str, device: Any, machine: Any, options: argparse.Namespace)
 
                 def decode(model: Any = model, request: Any = request, sampling: Any = sampling) -> float:
                     timing = Timing()
-                    for _ in generate(model, [request], sampling, timing=timing):
+                    for _ in generate(model, [request], sampling, timing=timing, lookup=False):
                         pass
                     return timing.decode_seconds / timing.decoded_tokens
 

@@ -41,7 +41,7 @@ def main() -> None:
         def generated() -> float:
             timing = Timing()
             request = Request(prompt, seed=1, max_tokens=options.tokens, ignore_eos=True)
-            for _ in generate(model, [request], Sampling(temperature=0.8), timing=timing):
+            for _ in generate(model, [request], Sampling(temperature=0.8), timing=timing, lookup=False):
                 pass
             return timing.tokens_per_second
 

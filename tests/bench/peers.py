@@ -142,7 +142,7 @@ class Gptcli(Runner):
 
         made, times = [], []
         request = Request(list(prompt), seed=0, max_tokens=tokens, ignore_eos=True)
-        for step in generate(self.model, [request], Sampling(temperature=0)):
+        for step in generate(self.model, [request], Sampling(temperature=0), lookup=False):
             if step.token is not None:
                 made.append(step.token)
                 times.append(time.perf_counter())
