@@ -63,7 +63,7 @@ class Pool:
             cache = KVCache(self.transformer.config, 1, len(ids), device=self._device, dtype=dtype)
         if logits is None:
             logits = in_chunks(forward, [ids[known:]], cache, chunk_size(1, self._device))[0]
-            if self.prefixes:
+            if self.prefixes and bool(torch.isfinite(logits).all()):  # damage is not to spread to other prompts
                 self.prefixes.keep(ids, cache, 0, logits)
         if self._cache is None:
             room = min(-(-(len(ids) + 1) // _ROOM) * _ROOM, self.transformer.config.context)

@@ -46,7 +46,7 @@ class Bridge:
             left = len(tickets)
             while left:
                 ticket, steps = await inbox.get()
-                if ticket.error is not None:
+                if not steps and ticket.error is not None:  # what was made before is told first
                     raise ticket.error
                 left -= steps[-1].finish is not None
                 yield tickets.index(ticket), steps
