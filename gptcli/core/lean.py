@@ -61,6 +61,8 @@ class Lean:
         for block in transformer.blocks:
             self._layers.append(_Layer(block, self.config, self._table.dtype, self._dtype))
             runtime.give_back_memory()
+        # Every layer of a prompt takes and frees the same large tensors.
+        runtime.keep_freed_memory()
         self._norm = _norm(transformer.norm, self._dtype)
         self._unembedding = _map(transformer.unembedding)
 

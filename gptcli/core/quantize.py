@@ -30,7 +30,7 @@ GROUP = 32
 # extreme itself is cut, to the good of the others.
 _EXTREMES = (-7.5, -8.0, -8.5, -9.0)
 # Elements that are quantized at a time: few enough to stay in the processor's cache.
-_CHUNK = 1 << 17
+_CHUNK = 1 << 18
 # Rows of int4 from which unpacking the matrix costs less than the op, whose time grows with every row.
 _UNPACK_ROWS = 32
 _TINY = 1e-30  # in place of the scale of what is all zero
@@ -148,7 +148,7 @@ def quantize_(transformer: Transformer, kind: str) -> Transformer:
     a finite number, which integers would hide.
     """
     for name, parameter in transformer.named_parameters():
-        if not all(extreme.isfinite() for extreme in parameter.aminmax()):
+        if not (parameter.amax().isfinite() and parameter.amin().isfinite()):
             raise CorruptError(f"{name} holds values that are not finite", "the weights are damaged: get them again")
     for parent in [transformer, *transformer.blocks.modules()]:
         for name, child in list(parent.named_children()):
@@ -162,9 +162,11 @@ def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     values = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     scale = torch.empty(len(weight), device=weight.device)
     for rows in _chunks(weight):
-        part = weight[rows].float()
-        scale[rows] = part.abs().amax(-1).div_(127).clamp_(min=_TINY)
-        values[rows] = (part / scale[rows, None]).round_()
+        part = torch.empty_like(values[rows], dtype=torch.float32).copy_(
+            weight[rows]
+        )  # in order, and not the file's own
+        scale[rows] = torch.maximum(part.amax(-1), part.amin(-1).neg_()).div_(127).clamp_(min=_TINY)
+        values[rows] = part.div_(scale[rows, None]).round_()
     return values, scale
 
 

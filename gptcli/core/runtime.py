@@ -166,8 +166,8 @@ def synchronize(device: torch.device) -> None:
 def keep_freed_memory() -> None:
     """Tell the C library to keep what is freed for the next use, and not give it back to the system in between.
 
-    Training on a CPU frees and takes the same large tensors every step; having each of their pages mapped and zeroed
-    anew costs a good part of it. glibc only; elsewhere nothing is done.
+    Training on a CPU frees and takes the same large tensors every step, and a long prompt every layer; having each of
+    their pages mapped and zeroed anew costs a good part of it. glibc only; elsewhere nothing is done.
     """
     trim_threshold, mmap_threshold, most = -1, -3, (1 << 31) - 1  # malloc.h
     with contextlib.suppress(OSError, AttributeError):
