@@ -33,7 +33,7 @@ def shell_init(
     model: options.Model = None,
     key: Annotated[str, typer.Option("--key", metavar="KEY", help="The key that asks: alt-X or ctrl-X.")] = "alt-\\",
     ghost: Annotated[
-        bool, typer.Option("--ghost", help="Also ask while one types (zsh: ghost text; fish: at the right).")
+        bool, typer.Option("--ghost", help="Also show ghost text while one types; in zsh alone.")
     ] = False,
     num: Annotated[int, typer.Option("--num", metavar="N", min=1, help="How many the key goes through.")] = 3,
     until: Annotated[
@@ -55,13 +55,13 @@ def shell_init(
     out: Output = ctx.obj
     options.choice("the shell", shell, SHELLS)
     options.choice("--until", until, UNTIL)
-    if ghost and shell == "bash":
-        raise UsageError("bash's line shows no ghost text", "leave --ghost out: the key works")
+    if ghost and shell != "zsh":
+        raise UsageError(f"{shell} lets nobody show text while one types", "leave --ghost out: the key works")
     time = seconds(deadline)
     from gptcli.cli.opening import find
     from gptcli.serve.place import Place, runtime_folder
 
-    folder = find(model).folder.resolve()
+    folder = find(model).folder.resolve()  # of whatever folder the shell is in later
     quoted = _fish if shell == "fish" else shlex.quote
     command = [*_gptcli(), "complete", "--widget", "--quiet", "--model", str(folder)]
     limit = time + (_PATIENCE if shutil.which("curl") else _PYTHON)

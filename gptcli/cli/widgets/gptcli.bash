@@ -59,7 +59,7 @@ _gptcli_answer() {
     left=${left//\\/\\\\} left=${left//\"/\\\"} left=${left//$'\n'/\\n} left=${left//$'\r'/\\r}
     right=${right//\\/\\\\} right=${right//\"/\\\"}
     printf 'data-urlencode = "prefix=%s"\ndata-urlencode = "suffix=%s"\n' "$left" "$right" |
-      curl -qsf -m "$_gptcli_limit" --unix-socket "$_gptcli_socket" -K - \
+      command curl -qsf -m "$_gptcli_limit" --unix-socket "$_gptcli_socket" -K - \
         -d num="$_gptcli_num" -d until="$_gptcli_until" -d min_prob="$_gptcli_min_prob" \
         -d deadline_seconds="$_gptcli_seconds" http://localhost/gptcli/complete
   else
@@ -73,7 +73,7 @@ gptcli-unload() {
   for map in emacs-standard vi-insert; do
     bind -m "$map" -r "$_gptcli_key" 2>/dev/null
   done
-  for before in "${_gptcli_before[@]}"; do
+  for before in ${_gptcli_before[@]+"${_gptcli_before[@]}"}; do
     bind -m "${before%% *}" "${before#* }" 2>/dev/null
   done
   unset -f _gptcli_press _gptcli_ask _gptcli_answer gptcli-unload

@@ -1,7 +1,8 @@
 # gptcli at fish's command line: completions of the line by a warm model.
 #
 # @KEY@ inserts the likeliest at the cursor; pressed again it goes on to the next one, and at last back to what was there.
-# It only ever writes on the line. gptcli-unload takes all of it away.
+# It only ever writes on the line. gptcli-unload takes all of it away. There is no ghost text: what fish shows behind the line
+# is its own, and it tells nobody that a key was typed.
 
 functions -q gptcli-unload; and gptcli-unload
 
@@ -43,7 +44,8 @@ end
 
 function _gptcli_ask # LEFT RIGHT
     test -S $_gptcli_socket; or return 0
-    _gptcli_answer $argv 2>/dev/null | string replace -r '^[^\t]*\t' '' | string replace -ar '[[:cntrl:]]' '' | string match -r '.+'
+    _gptcli_answer $argv 2>/dev/null | string replace -r '^[^\t]*\t' '' |
+        string replace -ar '[[:cntrl:]]' '' | string match -r '.+'
 end
 
 # Typed text is nobody else's business: it goes through pipes, never through arguments.

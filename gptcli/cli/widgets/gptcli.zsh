@@ -47,7 +47,7 @@ _gptcli_ask() {
       right="${${right//\\/\\\\}//\"/\\\"}"
       answer=$(print -r -- "data-urlencode = \"prefix=$left\"
 data-urlencode = \"suffix=$right\"" |
-        curl -qsf -m $_gptcli_limit --unix-socket "$_gptcli_socket" -K - \
+        command curl -qsf -m $_gptcli_limit --unix-socket "$_gptcli_socket" -K - \
           -d num=$_gptcli_num -d until=$_gptcli_until -d min_prob=$_gptcli_min_prob \
           -d deadline_seconds=$_gptcli_seconds http://localhost/gptcli/complete 2>/dev/null)
     else
@@ -115,6 +115,7 @@ _gptcli_paint() {
 }
 
 _gptcli_hide() {
+  emulate -L zsh
   [[ -n $_gptcli_ghost ]] || return 0
   [[ $POSTDISPLAY == "$_gptcli_ghost" ]] && POSTDISPLAY=
   [[ -n $_gptcli_mark ]] && region_highlight=("${(@)region_highlight:#$_gptcli_mark}")
@@ -166,7 +167,7 @@ _gptcli_take() {
 # Esc: hides the ghost; where there is none, it does what it did.
 _gptcli_escape() {
   local shown=$_gptcli_ghost place="${WIDGET##*-} $KEYS"
-  local before=$_gptcli_before[$place]
+  local before=${_gptcli_before[$place]}
   _gptcli_hide
   _gptcli_hang_up
   [[ -n $shown || -z $before || $before == undefined-key ]] || zle "$before" -- "$@"
