@@ -136,6 +136,7 @@ class ToolkitLine:
 
 
 def _keys() -> KeyBindings:
+    from prompt_toolkit.completion import CompleteEvent
     from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
     keys = KeyBindings()
@@ -150,6 +151,19 @@ def _keys() -> KeyBindings:
             buffer.newline(copy_margin=False)
         else:
             buffer.validate_and_handle()
+
+    @keys.add("tab")
+    def complete(event: KeyPressEvent) -> None:
+        # Looked up here and now: while a menu is still being made in the background, toolkit's own Tab is lost.
+        buffer = event.current_buffer
+        if buffer.complete_state and buffer.complete_state.current_completion:
+            buffer.complete_next()
+            return
+        found = list(buffer.completer.get_completions(buffer.document, CompleteEvent(completion_requested=True)))
+        if len(found) == 1:
+            buffer.apply_completion(found[0])
+        elif found:
+            buffer.start_completion(select_first=True)
 
     @keys.add("escape", "enter")
     def another_line(event: KeyPressEvent) -> None:

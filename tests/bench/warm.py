@@ -2,8 +2,8 @@
 
     python tests/bench/warm.py [--rounds 31]
 
-A text is typed a character at a time, as an editor would ask: each round asks for one character more. The process is one
-of this benchmark's own, started for it and ended with it. What curl takes is what a shell's widget takes.
+A text is typed a character at a time, as an editor would ask: each round asks for one character more. The process is of
+this benchmark's own, started for it and ended with it. What curl takes is what a shell's widget takes.
 """
 
 from __future__ import annotations
