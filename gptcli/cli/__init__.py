@@ -30,6 +30,7 @@ COMMANDS: dict[str, Entry] = {
     "chat": Entry("Talk with a model.", "gptcli.cli.chat:chat"),
     "predict": Entry("Show what may come next, as bars.", "gptcli.cli.predict:predict"),
     "complete": Entry("Suggest short continuations for a cursor.", "gptcli.cli.complete:complete"),
+    "shell-init": Entry("Print what lets a shell's line ask a warm model.", "gptcli.cli.shell_init:shell_init"),
     "score": Entry("Show how surprising each token of a text is.", "gptcli.cli.score:score"),
     "embed": Entry("Turn texts into vectors, or explore the embedding table.", "gptcli.cli.embed:embed"),
     "trace": Entry("Follow one prediction through the model.", "gptcli.cli.trace:trace"),
@@ -140,7 +141,8 @@ class LazyGroup(TyperGroup):
         return self.commands[cmd_name]
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        if args and args[0] not in self.entries and not args[0].startswith("-"):
+        # What is still being typed (``resilient_parsing``) is no error.
+        if args and args[0] not in self.entries and not args[0].startswith("-") and not ctx.resilient_parsing:
             raise UsageError(f"there is no command {args[0]!r}", _nearest(args[0], self.entries, ctx.command_path))
         return super().resolve_command(ctx, args)
 

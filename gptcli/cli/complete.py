@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from contextlib import suppress
 from typing import Annotated, Any
 
 import typer
@@ -51,6 +52,7 @@ def complete(
     threads: options.Threads = None,
     offline: options.Offline = False,
     warm: Warm = None,
+    widget: Annotated[bool, typer.Option("--widget", hidden=True)] = False,
 ) -> None:
     """Suggest short continuations for a cursor.
 
@@ -73,15 +75,17 @@ def complete(
         "max_tokens": max_tokens,
         "until": until,
         "min_prob": min_prob,
-        "deadline_seconds": None if deadline is None else _seconds(deadline),
+        "deadline_seconds": None if deadline is None else seconds(deadline),
         "special": special == "parse",
     }
     text = one_text(sources([] if prefix is None else [prefix], file or [], no_stdin=no_stdin, strip=strip), errors)
 
     # A warm process that is busy, or still loading, is no reason to be late.
-    seconds = asked["deadline_seconds"]
-    patience = None if seconds is None else seconds + _PATIENCE
+    patience = None if asked["deadline_seconds"] is None else asked["deadline_seconds"] + _PATIENCE
     how: dict[str, Any] = {"device": device, "dtype": dtype, "quantize": quantize, "threads": threads}
+    if widget:
+        _answer_widget(out, model, patience, {"prefix": text, **asked})
+        return
     try:
         runner = open_runner(model, out, warm=warm, timeout=patience, **how)
         found = runner.complete(text, **asked)
@@ -93,12 +97,25 @@ def complete(
     _show(out, found)
 
 
-def _seconds(word: str) -> float:
-    """A time as it is written: ``150ms``, ``0.2s``, or seconds."""
+def _answer_widget(out: Output, model: str | None, patience: float | None, asked: dict[str, Any]) -> None:
+    """What curl would get at the socket, for a shell's widget where there is no curl; it never loads a model."""
+    from gptcli.cli.opening import find
+    from gptcli.serve.client import Client, GoneError
+    from gptcli.serve.place import Place, runtime_folder
+
+    client = Client(Place.of(runtime_folder(), find(model).folder), patience)
+    with suppress(GoneError):
+        for each in client.post("/gptcli/complete", asked)["completions"]:
+            text = "".join(filter(str.isprintable, each["text"].split("\n")[0]))
+            out.data(f"{each['probability']:.6f}\t{text}")
+
+
+def seconds(word: str, option: str = "--deadline") -> float:
+    """A time as it is written: ``150ms``, ``0.2s``, or seconds. Raises UsageError."""
     found = _DEADLINE.fullmatch(word.strip())
     seconds = float(found[1]) / (1000 if found[2] == "ms" else 1) if found else math.nan
     if not 0 < seconds < math.inf:
-        raise UsageError(f"--deadline {word!r} is not a time", "for instance 150ms, 0.2s, or 0.2")
+        raise UsageError(f"{option} {word!r} is not a time", "for instance 150ms, 0.2s, or 0.2")
     return seconds
 
 

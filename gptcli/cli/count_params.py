@@ -14,15 +14,26 @@ from gptcli.cli.out import Output
 from gptcli.errors import UsageError
 from gptcli.spec.library import DEFAULT_MODEL
 from gptcli.spec.params import count_params as count
+from gptcli.spec.presets import NAMES
 
 FORMATS = ("table", "json", "csv", "markdown")
+
+
+def _names(incomplete: str) -> list[str]:
+    """What a MODEL that is being typed may become."""
+    presets = [name for name in NAMES if name.startswith(incomplete)]
+    return [*presets, *(name for name in options.model_names(incomplete) if name not in presets)]
 
 
 def count_params(
     ctx: typer.Context,
     models: Annotated[
         list[str] | None,
-        typer.Argument(metavar="MODEL", help="Presets, models, folders, config.json or .safetensors files."),
+        typer.Argument(
+            metavar="MODEL",
+            help="Presets, models, folders, config.json or .safetensors files.",
+            autocompletion=_names,
+        ),
     ] = None,
     model: options.Model = None,
     by: Annotated[str, typer.Option("--by", metavar="|".join(BY), help="What a row is.")] = BY[0],

@@ -17,7 +17,12 @@ from gptcli.spec.match import match_folder, stored_dtype
 from gptcli.spec.params import count_params
 
 Name = Annotated[
-    str | None, typer.Argument(metavar="MODEL", help="A shipped model, a folder, or a cached Hub id; fable by default.")
+    str | None,
+    typer.Argument(
+        metavar="MODEL",
+        help="A shipped model, a folder, or a cached Hub id; fable by default.",
+        autocompletion=options.model_names,
+    ),
 ]
 
 

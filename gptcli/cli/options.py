@@ -10,6 +10,27 @@ import typer
 
 from gptcli.errors import UsageError
 
+
+def model_names(incomplete: str) -> list[str]:
+    """What a model's name that is being typed may become: the models that are here, and folders."""
+    from gptcli.spec.library import ALIASES, all_models
+
+    here = [found.name for found in all_models()]
+    here += [alias for alias, name in ALIASES.items() if name in here]
+    found = sorted(name for name in here if name.startswith(incomplete))
+    typed = Path(incomplete)
+    parent = Path(incomplete).expanduser() if incomplete.endswith("/") else typed.expanduser().parent
+    if incomplete and parent.is_dir():
+        begun = "" if incomplete.endswith("/") else typed.name
+        before = incomplete.removesuffix(begun) if begun else incomplete
+        for folder in sorted(parent.iterdir()):
+            if folder.is_dir() and folder.name.startswith(begun) and (begun or not folder.name.startswith(".")):
+                is_model = (folder / "config.json").is_file()
+                if is_model or "/" in incomplete:
+                    found.append(f"{before}{folder.name}{'' if is_model else '/'}")
+    return list(dict.fromkeys(found))
+
+
 Json = Annotated[bool, typer.Option("--json", help="One JSON object, or one a line where results repeat.")]
 Format = Annotated[
     str | None, typer.Option("--format", metavar="text|json", help="text, or json (the same as --json).")
@@ -20,7 +41,13 @@ Color = Annotated[str, typer.Option("--color", metavar="auto|always|never", help
 
 Model = Annotated[
     str | None,
-    typer.Option("--model", "-m", metavar="MODEL", help="A shipped model, a folder, or a Hub id that is cached here."),
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="MODEL",
+        help="A shipped model, a folder, or a Hub id that is cached here.",
+        autocompletion=model_names,
+    ),
 ]
 Files = Annotated[
     list[Path] | None, typer.Option("--file", "-f", metavar="FILE", help="Read text from a file; may be repeated.")

@@ -71,7 +71,7 @@ def test_options_reach_the_search(complete: Run) -> None:
 
 @pytest.mark.parametrize(("word", "seconds"), [("150ms", 0.15), ("0.2s", 0.2), ("2", 2.0), (".5 s", 0.5)])
 def test_a_time_is_read_as_it_is_written(word: str, seconds: float) -> None:
-    assert command._seconds(word) == pytest.approx(seconds)
+    assert command.seconds(word) == pytest.approx(seconds)
 
 
 @pytest.mark.parametrize(

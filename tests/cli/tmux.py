@@ -19,7 +19,7 @@ from tests.conftest import ROOT
 
 needs_tmux = pytest.mark.skipif(shutil.which("tmux") is None, reason="needs tmux to type at")
 
-_PATIENCE = 180.0  # seconds, far beyond what anything here takes
+_PATIENCE = float(os.environ.get("TMUX_PATIENCE", 180))  # seconds, far beyond what anything here takes
 _PAUSE = 0.02
 
 

@@ -1,0 +1,49 @@
+"""``gptcli shell-init``, and what a shell completes of gptcli's own command lines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from gptcli.serve.place import Place, runtime_folder
+from tests.cli.conftest import Run
+from tests.conftest import Gptcli
+
+
+@pytest.mark.parametrize("shell", ["zsh", "bash", "fish"])
+def test_what_is_asked_stands_in_the_script(run: Run, tiny_folder: Path, shell: str) -> None:
+    done = run("shell-init", shell, "-m", tiny_folder, "--num", "7", "--min-prob", "0.25", "--key", "ctrl-g")
+    assert done.code == 0
+    text = done.out.decode()
+    assert str(Place.of(runtime_folder(), tiny_folder).socket) in text
+    assert "0.25" in text
+    assert "gptcli-unload" in text
+    assert run("shell-init", shell, "-m", tiny_folder, "--json").json["script"].startswith("# gptcli at")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("sh",), ("bash", "--ghost"), ("zsh", "--key", "F12"), ("zsh", "--key", "ctrl-c"), ("zsh", "--deadline", "soon")],
+)
+def test_wrong_use_is_told(run: Run, options: tuple[str, ...]) -> None:
+    done = run("shell-init", *options)
+    assert done.code == 2
+    assert done.out == b""
+
+
+def completed(gptcli: Gptcli, *words: str) -> list[str]:
+    """What bash would offer for the last word."""
+    env = {
+        "_GPTCLI_COMPLETE": "complete_bash",
+        "COMP_WORDS": " ".join(["gptcli", *words]),
+        "COMP_CWORD": str(len(words)),
+    }
+    return gptcli(env=env).stdout.decode().split()
+
+
+def test_models_and_options_are_completed(gptcli: Gptcli, tiny_folder: Path) -> None:
+    assert completed(gptcli, "generate", "-m", "fa") == ["fable"]
+    assert "--max-tokens" in completed(gptcli, "generate", "--max")
+    assert completed(gptcli, "models", "show", f"{tiny_folder.parent}/ti") == [str(tiny_folder)]
+    assert "generate" in completed(gptcli, "gen")
