@@ -165,7 +165,8 @@ with running(Path(sys.argv[1]), Path(sys.argv[2])) as server:
         for stream in (False, True):
             asked = {"prompt": "a", "stream": stream, "max_tokens": 3}
             assert server.post("/v1/completions", asked, tcp=tcp).status == 200
-            talk = {"messages": [{"role": r, "content": "a"} for r in ("system", "user")], "stream": stream, "max_tokens": 3}
+            messages = [{"role": role, "content": "a"} for role in ("system", "user")]
+            talk = {"messages": messages, "stream": stream, "max_tokens": 3}
             assert server.post("/v1/chat/completions", talk, tcp=tcp).status == 200
         assert server.post("/v1/embeddings", {"input": "a"}, tcp=tcp).status == 200
         assert server.get("/metrics", tcp=tcp).status == 200
