@@ -25,6 +25,26 @@ _LARGEST_SIZE = 2**31 - 1
 
 
 @dataclass(frozen=True)
+class RopeScaling:
+    """How rotary positions are stretched to a context longer than the one they were first trained on.
+
+    ``linear`` divides every position by ``factor``; ``dynamic`` raises the base as the text outgrows
+    ``original_context``; ``llama3`` slows the slow frequencies by ``factor`` and leaves the fast ones, with a ramp
+    between; ``yarn`` (Peng et al. 2023) does so by the number of turns, and scales what is rotated.
+    """
+
+    kind: Literal["linear", "dynamic", "llama3", "yarn"]
+    factor: float
+    original_context: int
+    low_frequency_factor: float = 1.0  # llama3: wavelengths above original_context over this are slowed
+    high_frequency_factor: float = 4.0  # llama3: those below original_context over this are left
+    beta_fast: float = 32.0  # yarn: turns within original_context from which a frequency is left
+    beta_slow: float = 1.0  # yarn: turns up to which it is slowed
+    attention_factor: float | None = None  # yarn: what rotated queries and keys are scaled by; None: 0.1 ln(factor) + 1
+    truncate: bool = True  # yarn: the ends of the ramp are whole numbers
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """One decoder-only transformer on paper. Sizes are counts; see the shape legend in ``core/model.py``."""
 
@@ -44,6 +64,14 @@ class ModelConfig:
     norm_first: bool = True  # pre-norm with a final norm (GPT-2); False is GPT-1's post-norm without one
     position: Literal["learned", "rope"] = "learned"
     rope_theta: float = 10_000.0
+    rope_dim: int | None = None  # numbers of each head that are rotated, the first; None: all
+    rope_scaling: RopeScaling | None = None
+    unrotated: tuple[int, ...] = ()  # layers that do not rotate (SmolLM3)
+    position_offset: int = 0  # rows of the position table before the first position (OPT)
+    parallel: bool = False  # attention and MLP read the stream side by side (GPT-NeoX)
+    norm_output: bool = False  # norms of what a layer made, before it is added, instead of what it reads (OLMo 2)
+    qk_norm: Literal["none", "head", "whole"] = "none"  # RMS norm of query and key: each head, or all heads as one
+    windows: tuple[int | None, ...] = ()  # a layer: how many tokens a query sees, itself the last; (): all
     qkv_bias: bool = True
     output_bias: bool = True
     mlp_bias: bool = True
