@@ -34,7 +34,7 @@ def rotation(
     """
     turns = frequencies(dim, theta, positions.device, scaling)
     if scaling is not None and scaling.kind == "dynamic":
-        turns = _dynamic(positions.amax(-1, keepdim=True) + 1, dim, theta, scaling)[:, None]  # [B or 1, 1, 1, R/2]
+        turns = _dynamic(positions.amax(-1, keepdim=True) + 1, dim, theta, scaling)[:, None, None]  # [B or 1, 1, 1, R/2]
     angles = positions[:, None, :, None].float() * turns  # [B, 1, T, R/2]
     angles = torch.cat((angles, angles), dim=-1)
     cos, sin = angles.cos(), angles.sin()
