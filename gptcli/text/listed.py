@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gptcli.errors import CorruptError, UnsupportedError
 from gptcli.text.added import Added
-from gptcli.text.patterns import safe_cut, steps_of
+from gptcli.text.patterns import InexactError, safe_cut, splitting, steps_of
 from gptcli.text.ranked import cuts
 from gptcli.text.vocabulary import AGAIN, added_tokens, bytes_of, check_ids, merges_of
 
@@ -202,7 +202,7 @@ def _form(raw: Any, added: Sequence[Added], file: Path) -> _Form:
     start = "parts" if spaces["parts"] else "text" if spaces["text"] else None
     kinds = [step["type"] for step in decoding]
     if kinds == ["ByteLevel"]:
-        return _Form(bytes_of, start, False, (False, False))
+        return _Form(bytes_of, start, False, _cuts_of_words(raw, normalizers, added))
     others = [kind for kind in kinds if kind not in ("Replace", "ByteFallback", "Fuse", "Strip", "Metaspace")]
     if not kinds or others:
         named = ", ".join(others) or "none"
@@ -227,6 +227,15 @@ def _form(raw: Any, added: Sequence[Added], file: Path) -> _Form:
     return _Form(spell, start, takes_off and start is not None, _cuts(model, normalizers, splits, added, start))
 
 
+def _cuts_of_words(raw: Any, normalizers: Sequence[Any], added: Sequence[Added]) -> tuple[bool, bool]:
+    """Where a text may be cut: where it is split in any case."""
+    try:
+        streams = splitting(raw.get("pre_tokenizer")).streams and all(step["type"] == "NFC" for step in normalizers)
+    except InexactError:
+        streams = False
+    return cuts(added) if streams else (False, False)
+
+
 def _cuts(
     model: Any, normalizers: Sequence[Any], splits: Sequence[Any], added: Sequence[Added], start: str | None
 ) -> tuple[bool, bool]:
@@ -238,7 +247,7 @@ def _cuts(
     ) and all(step["type"] == "Metaspace" for step in splits)
     if not known or not (normalizers or splits):
         return False, False
-    blanks, lines = cuts(list(added))
+    blanks, lines = cuts(added)
     if start is not None:  # behind an added token another space is put
         blanks = blanks and not any(token.text[-1].isalnum() for token in added)
         lines = lines and not any("\n" in token.text for token in added)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from array import array
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -150,7 +150,7 @@ class RankedCoder:
         return rank if self._ids is None else self._ids[rank]
 
 
-def cuts(added: list[Added]) -> tuple[bool, bool]:
+def cuts(added: Sequence[Added]) -> tuple[bool, bool]:
     """Whether a text may be cut before a blank, and behind a line end, as far as its added tokens go.
 
     None may stretch over the place, nor take along white space from its other side.

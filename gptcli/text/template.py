@@ -117,10 +117,7 @@ class ChatTemplate:
             pieces = None
         if pieces is None:
             pieces = [Piece(self._render(shielded, add_generation_prompt), False)]
-        ids: list[int] = []
-        for part in (part for piece in pieces for part in shield.parts(piece.text)):
-            ids += tokenizer.encode(part) if isinstance(part, str) else [part]
-        return ids
+        return tokenizer.encode_parts(part for piece in pieces for part in shield.parts(piece.text))
 
     def ends(self, tokenizer: Tokenizer) -> tuple[str, ...]:
         """What ends an answer, as text: the mark that the template writes behind one, or all up to the next message.
