@@ -60,16 +60,16 @@ class ListedCoder:
         Raises UnsupportedError for another kind of tokenizer, or without the library, CorruptError for what is none.
         """
         try:
-            self._added = added_tokens(raw, file)
-            self._form = _form(raw, self._added, file)
-            check_ids(list(_vocabulary(raw, self._added).values()))
+            self.added: Sequence[Added] = added_tokens(raw, file)
+            self._form = _form(raw, self.added, file)
+            check_ids(list(_vocabulary(raw, self.added).values()))
         except (LookupError, TypeError, AttributeError, ValueError) as error:
             raise CorruptError(f"{file} is not a tokenizer.json: {type(error).__name__} {error}", AGAIN) from None
         self._raw, self._file = {**raw, "truncation": None, "padding": None}, file
         self.reason = reason
         self._libraries: dict[tuple[bool, bool], Library] = {}
         self._plain = self._library(special=False, spaced=True)
-        self.special = {token.text: token.id for token in self._added}
+        self.special = {token.text: token.id for token in self.added}
         self.start_space, self.takes_space_off = self._form.start_space, self._form.takes_space_off
         self._bytes: dict[int, bytes] = {}
 
@@ -93,7 +93,7 @@ class ListedCoder:
             return _ids(bare, text)
         # Behind an added token a space is put nevertheless.
         found = library.encode(text, add_special_tokens=False)
-        own = {token.id for token in self._added}
+        own = {token.id for token in self.added}
         first = next((place for place, id_ in enumerate(found.ids) if id_ in own), None)
         if first is None:
             return _ids(bare, text)
@@ -127,7 +127,7 @@ class ListedCoder:
 
     @cached_property
     def _texts(self) -> dict[int, str]:
-        return {id_: text for text, id_ in _vocabulary(self._raw, self._added).items()}
+        return {id_: text for text, id_ in _vocabulary(self._raw, self.added).items()}
 
     @property
     def vocab_size(self) -> int:
@@ -147,7 +147,7 @@ class ListedCoder:
 
     def spelled(self) -> dict[bytes, int]:
         """The ids of tokens that are text by their bytes."""
-        special = {token.id for token in self._added if token.special}
+        special = {token.id for token in self.added if token.special}
         # A byte that also is a character's token is hardly ever the byte.
         order = sorted(self._texts.items(), key=lambda pair: _BYTE.fullmatch(pair[1]) is None)
         tokens = {self.token_bytes(id_): id_ for id_, _ in order if id_ not in special}

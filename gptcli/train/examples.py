@@ -193,8 +193,8 @@ class _Encoder:
         ]
         texts, follows = [], []
         for parts in cut:
-            going_on = self._tokenizer.following([part for part, _ in parts])
-            for (part, _), goes_on in zip(parts, going_on, strict=True):
+            trimmed = self._tokenizer.trimmed(part for part, _ in parts)
+            for part, goes_on in zip(trimmed, self._tokenizer.following(trimmed), strict=True):
                 if isinstance(part, str):
                     texts.append(part)
                     follows.append(goes_on)
