@@ -80,7 +80,14 @@ def opt(root: Path, trained: Any) -> Path:
     (root / "vocab.json").write_text(json.dumps(vocab))
     merges = "\n".join(" ".join(merge) for merge in trained["model"]["merges"])
     (root / "merges.txt").write_text(f"#version: 0.2\n{merges}\n")
-    token = {"content": "</s>", "lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
+    token = {
+        "__type": "AddedToken",
+        "content": "</s>",
+        "lstrip": False,
+        "normalized": True,
+        "rstrip": False,
+        "single_word": False,
+    }
     config = {
         "errors": "replace",
         "unk_token": token,
