@@ -118,7 +118,7 @@ def from_vocab_and_merges(folder: Path, named: Iterable[Added]) -> Vocabulary:
 
 
 def _build(
-    file: Path, split: Splitting, vocab: dict[str, int], merges: Sequence[Sequence[str]], added: Sequence[Added]
+    file: Path, split: Splitting, vocab: dict[str, int], merges: Sequence[tuple[str, ...]], added: Sequence[Added]
 ) -> Vocabulary:
     """A vocabulary from its parts, ranked by the merges' order."""
     texts = {token.text: token.id for token in added}
@@ -156,7 +156,7 @@ def check_ids(ids: Sequence[object]) -> None:
         raise ValueError("two tokens have one id")
 
 
-def _made(merges: Sequence[Sequence[str]], vocab: Mapping[str, int]) -> list[str]:
+def _made(merges: Sequence[tuple[str, ...]], vocab: Mapping[str, int]) -> list[str]:
     """The tokens that the merges make, in their order.
 
     Some files list every pair that makes a token, one behind the other, since they were made of tiktoken's ranks
@@ -167,13 +167,14 @@ def _made(merges: Sequence[Sequence[str]], vocab: Mapping[str, int]) -> list[str
     order = list(dict.fromkeys(made))
     if len(order) == len(made):
         return made
-    runs = sum(one != other for one, other in pairwise(made)) + 1
+    in_runs = sum(one != other for one, other in pairwise(made)) + 1 == len(order)
+    # Each pair that is listed is one way to part its token, so where there are as many pairs as ways all are listed.
     ways = Counter(made)
-    every = all(
-        count == 1 or count == sum(token[:end] in vocab and token[end:] in vocab for end in range(1, len(token)))
-        for token, count in ways.items()
-    )
-    if runs != len(order) or not every or len(set(map(tuple, merges))) != len(merges):
+    several = [token for token in order if ways[token] > 1]
+    possible = sum([token[:end] in vocab and token[end:] in vocab for token in several for end in range(1, len(token))])
+    listed = sum(map(ways.__getitem__, several))
+    parts = {part for merge in merges for part in merge}
+    if not in_runs or possible != listed or len(set(merges)) != len(merges) or not parts <= vocab.keys():
         raise InexactError("it makes a token by two different merges")
     return order
 
