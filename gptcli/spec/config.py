@@ -10,7 +10,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -109,7 +109,26 @@ def read_config(path: Path) -> ModelConfig:
         raise CorruptError(f"{file} can't be read as JSON: {error}", "download or save the model again") from None
     if not isinstance(raw, dict):
         raise CorruptError(f"{file} holds {type(raw).__name__}, not an object", "download or save the model again")
-    return from_hf(raw, str(file))
+    config = from_hf(raw, str(file))
+    return _with_ends(config, path / "generation_config.json") if path.is_dir() else config
+
+
+def _with_ends(config: ModelConfig, file: Path) -> ModelConfig:
+    """The configuration with the end tokens that ``generation_config.json`` names, which count before its own.
+
+    What talks ends its answer with another token than a text's, and only this file knows it of some models.
+    """
+    try:
+        raw = json.loads(file.read_bytes())
+        named = raw.get("eos_token_id")
+    except FileNotFoundError:
+        return config
+    except (OSError, ValueError, RecursionError, AttributeError) as error:
+        raise CorruptError(f"{file} can't be read: {error}", "download or save the model again") from None
+    ends = [] if named is None else named if isinstance(named, list) else [named]
+    if not all(type(id_) is int and id_ >= 0 for id_ in ends):
+        raise CorruptError(f"{file} has eos_token_id = {named!r}", "it should be a token's id, or a list of them")
+    return replace(config, eos_ids=tuple(ends)) if ends else config
 
 
 def from_hf(raw: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
