@@ -55,9 +55,11 @@ def edit(
 ) -> None:
     """Write a line or a text, with ghost text from the model.
 
-    Tab takes all of it, Right a word, Esc hides it, Ctrl-Space shows others and how likely they are. Without FILE, Enter
-    accepts the line, which goes to stdout; Alt-Enter begins another. A pipe is what it begins with. Of a FILE Ctrl-S
-    saves, Ctrl-X leaves. You can type before the model has loaded.
+    Tab takes all of it, Right a word, Esc hides it, Ctrl-Space shows others and how likely they are. You can type
+    before the model has loaded.
+
+    Without FILE, Enter accepts the line, which goes to stdout, and Alt-Enter begins another; a pipe is what it begins
+    with. Of a FILE, Ctrl-S saves and Ctrl-X leaves.
     """
     out: Output = ctx.obj
     options.choice("--quantize", quantize, options.QUANTIZE)
@@ -126,7 +128,7 @@ def _initial(file: Path | None, initial: str | None, *, no_stdin: bool, strip: b
 
 
 def _check_toolkit() -> None:
-    """Raise where nothing can be drawn: UnsupportedError without prompt_toolkit, UsageError on a terminal without keys."""
+    """Raise where nothing can be drawn: UnsupportedError without prompt_toolkit, UsageError on a dumb terminal."""
     from importlib.util import find_spec
 
     if find_spec("prompt_toolkit") is None:
@@ -143,7 +145,7 @@ def _terminal(out: Output) -> Iterator[tuple[TextIO, TextIO]]:
     """
     with contextlib.ExitStack() as stack:
 
-        def terminal(mode: str) -> TextIO:
+        def terminal(mode: str) -> Any:
             try:
                 return stack.enter_context(open("/dev/tty", mode, encoding="utf-8", errors="replace"))
             except OSError:

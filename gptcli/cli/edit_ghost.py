@@ -76,7 +76,7 @@ class Ghost:
 
 
 def clean(text: str) -> str:
-    """A model's text up to the first character that a terminal would obey instead of showing it, or nobody would see."""
+    """A model's text up to the first character that a terminal would obey and not show, or that nobody would see."""
     for place, char in enumerate(text):
         if not char.isprintable() and char not in "\n\t" and char not in _JOINERS:
             return text[:place]

@@ -24,7 +24,7 @@ from gptcli.cli.edit_parts import GhostText, hasten, look, menu
 from gptcli.cli.edit_typing import Asks, TypedBuffer, Typing
 
 _MARK, _MORE = "> ", "… "
-_KEYS = "Tab all · → word · Esc none · Ctrl-Space others · Enter done"
+_KEYS = "Tab all, → word, Esc none, ^Space others, Enter done"
 
 
 class LineScreen:
@@ -97,7 +97,7 @@ class LineScreen:
         return True  # the text stays to be drawn once more
 
     def _told(self) -> StyleAndTextTuples:
-        return [("", self.typing.problem or f"{self.typing.model} · {_KEYS}")]
+        return [("", self.typing.problem or f"{self.typing.model} │ {_KEYS}")]
 
     def _keys(self, buffer: Buffer) -> KeyBindings:
         keys = KeyBindings()

@@ -8,11 +8,10 @@ from prompt_toolkit.application.current import get_app
 from prompt_toolkit.filters import Condition, has_focus, is_done
 from prompt_toolkit.formatted_text import StyleAndTextTuples
 from prompt_toolkit.formatted_text.utils import fragment_list_len
-from prompt_toolkit.input import Input
 from prompt_toolkit.layout import ConditionalContainer, Container, FormattedTextControl, Window
 from prompt_toolkit.layout.processors import Processor, Transformation, TransformationInput
 from prompt_toolkit.layout.utils import explode_text_fragments
-from prompt_toolkit.output import ColorDepth, Output
+from prompt_toolkit.output import ColorDepth
 from prompt_toolkit.styles import Style
 
 from gptcli.cli.complete import percent
@@ -58,7 +57,7 @@ def menu(typing: Typing) -> Container:
     def lines() -> StyleAndTextTuples:
         told: StyleAndTextTuples = []
         for number, each in enumerate(typing.ghost.found):
-            mark, style = ("▸", "class:menu.chosen") if number == typing.ghost.chosen else (" ", "class:menu")
+            mark, style = ("▸", "class:others.chosen") if number == typing.ghost.chosen else (" ", "class:others")
             told.append((style, f"{mark} {percent(each.probability)}  {on_one_line(each.text)}\n"))
         return told
 
@@ -66,7 +65,7 @@ def menu(typing: Typing) -> Container:
         FormattedTextControl(lines),
         height=lambda: len(typing.ghost.found),
         dont_extend_height=True,
-        style="class:menu",
+        style="class:others",
     )
     return ConditionalContainer(
         window, filter=has_focus(typing.buffer) & ~is_done & Condition(lambda: typing.ghost.menu)
@@ -77,18 +76,13 @@ def look(*, colored: bool) -> dict[str, Any]:
     """The arguments of an application that say how things look. Without colours the ghost text is underlined."""
     styles = {
         "ghost": "ansibrightblack" if colored else "underline",
-        "menu": "",
-        "menu.chosen": "reverse",
+        "others": "",
+        "others.chosen": "reverse",
         "status": "reverse",
         "dim": "ansibrightblack" if colored else "",
         "question": "bold",
     }
     return {"style": Style.from_dict(styles), "color_depth": None if colored else ColorDepth.MONOCHROME}
-
-
-def streams(input: Input, output: Output) -> dict[str, Any]:
-    """The arguments of an application that say where it is."""
-    return {"input": input, "output": output}
 
 
 def hasten(app: Any) -> None:

@@ -28,7 +28,7 @@ from gptcli.cli.edit_typing import Asks, TypedBuffer, Typing
 from gptcli.cli.out import harmless
 from gptcli.errors import GptcliError
 
-_KEYS = "Tab all · → word · Esc none · Ctrl-Space others │ Ctrl-S save · Ctrl-X leave · Ctrl-F find · Ctrl-Z undo · Alt-Z redo"
+_KEYS = "Tab all, → word, Esc none, ^Space others │ ^S save, ^X leave, ^F find, ^Z undo"
 _LEAST_ROWS = 5  # of a screen that has room for the keys
 
 

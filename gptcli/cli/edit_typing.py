@@ -18,7 +18,8 @@ from gptcli.cli.edit_ask import FAILED, LOADING, Answer, Asking, Question
 from gptcli.cli.edit_ghost import Ghost, first_word
 from gptcli.errors import GptcliError
 
-_ALTERNATIVES = 6
+# Alternatives, at most. They go on while they are so likely: of whole lines none is.
+_ALTERNATIVES, _LIKELY = 6, 0.01
 # Bytes of earlier texts that are kept to be come back to.
 _UNDO_BYTES = 64 << 20
 
@@ -142,12 +143,15 @@ class Typing:
     def _at_the_end_of_a_line(self) -> bool:
         return not self.buffer.document.current_line_after_cursor.strip()
 
-    def _ask(self, *, menu: bool = False) -> None:
+    def _ask(self, *, others_from: float | None = None) -> None:
+        """Ask how it goes on here; or for alternatives that are at least so likely."""
         self._cancel()
         self._cancelled = False
         before, after = self._here()
-        num, min_prob = (_ALTERNATIVES, 0.0) if menu else (1, self._asking.min_prob)
-        self._asked = Question(before, after, num, min_prob, menu)
+        if others_from is None:
+            self._asked = Question(before, after, min_prob=self._asking.min_prob)
+        else:
+            self._asked = Question(before, after, _ALTERNATIVES, others_from, menu=True)
         self.asker.ask(self._asked)
 
     def _answered(self, question: Question, answer: Answer) -> None:
@@ -158,6 +162,8 @@ class Typing:
             self.problem = answer.message
         elif answer:
             self.ghost.show(question.before, question.after, answer, menu=question.menu)
+        elif question.menu and question.min_prob:
+            self._ask(others_from=0.0)
         elif question.menu:
             self.problem = "nothing comes to its mind here"
         get_app().invalidate()
@@ -210,7 +216,7 @@ class Typing:
             if self.ghost.menu:
                 self.ghost.choose(1)
             else:
-                self._ask(menu=True)
+                self._ask(others_from=_LIKELY)
 
         @add("down", filter=chosen_from)
         @add("c-n", filter=chosen_from)

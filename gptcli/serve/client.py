@@ -75,7 +75,7 @@ class Client:
                 self.close()
 
     def open(self, timeout: float | None = None) -> None:
-        """Connect anew, so that there is somebody to ``interrupt``; then as if made with ``timeout``. Raises GoneError."""
+        """Connect anew, and from now on with this ``timeout``: ``interrupt`` finds somebody. Raises GoneError."""
         self.close()
         self._connection.timeout = timeout
         _or_gone(self._connection.connect)
