@@ -21,6 +21,7 @@ from prompt_toolkit.output import Output
 from prompt_toolkit.search import SearchDirection, do_incremental_search, start_search
 from prompt_toolkit.widgets import SearchToolbar
 
+from gptcli.cli.cells import cells
 from gptcli.cli.edit_ask import Asking
 from gptcli.cli.edit_file import TextFile
 from gptcli.cli.edit_parts import GhostText, hasten, look, menu
@@ -30,6 +31,13 @@ from gptcli.errors import GptcliError
 
 _KEYS = "Tab all, → word, Esc none, ^Space others │ ^S save, ^X leave, ^F find, ^Z undo"
 _LEAST_ROWS = 5  # of a screen that has room for the keys
+
+
+def _end_of(path: str, room: int) -> str:
+    """A path that is cut at its beginning, where there is not enough room; its last letters stay."""
+    while len(path) > 8 and cells(path) > room:
+        path = "…" + path[2:]
+    return path
 
 
 class _Question(NamedTuple):
@@ -66,7 +74,7 @@ class TextScreen:
         self.buffer = TypedBuffer(document=Document(file.text, 0), multiline=True)
         self.typing = Typing(self.buffer, asker, asking, later)
         search = SearchToolbar(ignore_case=True)
-        control = BufferControl(
+        control = self._control = BufferControl(
             self.buffer,
             search_buffer_control=search.control,
             preview_search=True,
@@ -115,7 +123,9 @@ class TextScreen:
         document = self.buffer.document
         star = "*" if self.changed else " "
         row, column = document.cursor_position_row + 1, document.cursor_position_col + 1
-        return [("", f" {harmless(str(self.file.path))}{star} {row}:{column} │ {self.typing.model}")]
+        rest = f"{star} {row}:{column} │ {self.typing.model}"
+        room = get_app().output.get_size().columns - 1 - cells(rest)
+        return [("", f" {_end_of(harmless(str(self.file.path)), room)}{rest}")]
 
     def _told(self) -> StyleAndTextTuples:
         if self._question is not None:
@@ -140,8 +150,8 @@ class TextScreen:
                 then()
 
         if self.file.changed_on_disk:
-            what = "has changed on the disk since it was read" if self.file.exists else "has come into being meanwhile"
-            self._ask(f"{self.file.path} {what}. Write over it? y, or Esc", write)
+            what = "changed on the disk" if self.file.exists else "come into being"
+            self._ask(f"The file has {what} meanwhile. Write over it? y, or Esc", write)
         else:
             write()
 
@@ -150,12 +160,12 @@ class TextScreen:
             self.app.exit(result=code)
 
         if self.changed:
-            self._ask(f"Save the changes to {self.file.path}? y, n, or Esc to stay", lambda: self._save(leave), leave)
+            self._ask("Save the changes? y, n, or Esc to stay", lambda: self._save(leave), leave)
         else:
             leave()
 
     def _ask(self, text: str, yes: Callable[[], None], no: Callable[[], None] | None = None) -> None:
-        self._question = _Question(harmless(text), yes, no)
+        self._question = _Question(text, yes, no)
         self.app.layout.focus(self._below)
 
     def _answers(self) -> KeyBindings:
@@ -224,6 +234,9 @@ class TextScreen:
 
         @keys.add("c-f", filter=has_focus(search.control))
         def find_next(event: KeyPressEvent) -> None:
+            # With nothing to find yet it is what was found last.
+            if not search.search_buffer.text and (last := self._control.search_state.text):
+                search.search_buffer.insert_text(last)
             do_incremental_search(SearchDirection.FORWARD, count=event.arg)
 
         return keys

@@ -64,6 +64,7 @@ class Typing:
         self.problem = ""
         self._asking, self._later = asking, later
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._draw: Callable[[], None] = lambda: None
         self._timer: Any = None
         self._asked: Question | None = None
         self._settling = self._cancelled = False
@@ -101,8 +102,8 @@ class Typing:
             with suppress(RuntimeError):  # the loop has ended: nobody waits
                 loop.call_soon_threadsafe(what, *values)
 
-        app = get_app()
-        self.asker.start(lambda: soon(app.invalidate), lambda question, answer: soon(self._answered, question, answer))
+        self._draw = get_app().invalidate
+        self.asker.start(lambda: soon(self._draw), lambda question, answer: soon(self._answered, question, answer))
         self._cancelled = True
         self._settle()
 
@@ -166,7 +167,7 @@ class Typing:
             self._ask(others_from=0.0)
         elif question.menu:
             self.problem = "nothing comes to its mind here"
-        get_app().invalidate()
+        self._draw()
 
     def _failed(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         """A fault of ours: it is told, and the text stays where it is."""
@@ -176,7 +177,7 @@ class Typing:
         self.problem = f"a fault of gptcli: {type(error).__name__}: {error}" if error else str(context.get("message"))
         if error is not None and os.environ.get("GPTCLI_DEBUG") == "1":
             traceback.print_exception(error)
-        get_app().invalidate()
+        self._draw()
 
     # --- Keys
 
@@ -191,6 +192,11 @@ class Typing:
 
         def add(*names: str, filter: FilterOrBool) -> Callable[[Callable[[KeyPressEvent], None]], Any]:
             return keys.add(*names, filter=filter)
+
+        @add(" ", filter=here)
+        def space(event: KeyPressEvent) -> None:
+            """As any other character; but what is undone goes back to it, and not to the beginning."""
+            self.buffer.insert_text(" ")
 
         @add("tab", filter=here & ~ghosted)
         def indent_or_ask(event: KeyPressEvent) -> None:
