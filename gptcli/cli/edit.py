@@ -15,10 +15,13 @@ import typer
 from gptcli.cli import options
 from gptcli.cli.complete import UNTIL, seconds
 from gptcli.cli.input import one_text, sources
+from gptcli.cli.keyboard import raised_on_termination
 from gptcli.cli.out import Output
 from gptcli.cli.state import private_file
 from gptcli.cli.warm import Runner, Warm
 from gptcli.errors import ExitCode, UnsupportedError, UsageError
+
+_HUNG_UP = 129  # how a shell tells of a process whose terminal has gone
 
 
 def edit(
@@ -97,7 +100,7 @@ def edit(
         where: dict[str, Any] = {"input": create_input(keyboard), "output": create_output(drawing)}
         where["colored"] = out.colored(drawing)
         try:
-            with contextlib.redirect_stderr(later.stderr):
+            with contextlib.redirect_stderr(later.stderr), raised_on_termination():
                 if opened is None:
                     from gptcli.cli.edit_line import LineScreen
 
@@ -107,7 +110,8 @@ def edit(
                     from gptcli.cli.edit_text import TextScreen
 
                     screen = TextScreen(opened, asker, asking, **where)
-                    code = ExitCode(screen.run())
+                    with _rescued(screen, later):
+                        code = ExitCode(screen.run())
                     text, saved = opened.text, screen.saved
         finally:
             asker.close()
@@ -189,6 +193,22 @@ def _history(out: Output) -> Path | None:
     except OSError as error:
         out.note(f"no history: {error.filename}: {error.strerror}")
         return None
+
+
+@contextlib.contextmanager
+def _rescued(screen: Any, out: Output) -> Iterator[None]:
+    """Within, a text that is not saved when the terminal goes, or the process has to, is kept beside its file."""
+    try:
+        yield
+    except BaseException as error:
+        if screen.changed:
+            try:
+                out.warn(f"what was not saved is in {screen.file.rescue(screen.buffer.text)}")
+            except OSError as other:
+                out.warn(f"what was not saved is lost: {other.strerror}")
+        if isinstance(error, EOFError):
+            raise SystemExit(_HUNG_UP) from None
+        raise
 
 
 def _say(out: Output, later: Output) -> None:
