@@ -170,15 +170,20 @@ def _terminal(out: Output) -> Iterator[tuple[TextIO, TextIO]]:
 def _asker(
     model: str | None, out: Output, asking: Any, *, warm: bool | None, threads: int | None, how: dict[str, Any]
 ) -> Any:
-    """Whoever is asked: the warm model, as ``open_runner`` finds it, or one of our own. Raises where there is none."""
+    """Whoever is asked: the warm model, as ``open_runner`` finds it, or one of our own.
+
+    Raises NotFoundError where there is no such model.
+    """
     from gptcli.cli.edit_ask import Asker
-    from gptcli.cli.opening import find
+    from gptcli.cli.opening import find, link_torch
     from gptcli.cli.warm import find_warm, open_runner
 
     def warm_one() -> Runner | None:
-        if warm or (warm is None and threads is None):
-            return find_warm(model, out, how, start=bool(warm), threads=threads)
-        return None
+        look = warm or (warm is None and threads is None)
+        found = find_warm(model, out, how, start=bool(warm), threads=threads) if look else None
+        if found is None:
+            link_torch()
+        return found
 
     def own() -> Runner:
         return open_runner(model, out, warm=False, threads=threads, **how)
