@@ -8,8 +8,8 @@ from pathlib import Path
 
 from gptcli.errors import CorruptError, LimitError, NotFoundError, OutputError, UsageError
 
-# Beyond it, typing would become slow.
-_MOST_BYTES = 4 << 20
+# Beyond it, a key would take more than some hundredths of a second.
+_MOST_BYTES = 1 << 20
 _MARK = "\ufeff"  # the byte order mark that some programs begin a file with
 
 

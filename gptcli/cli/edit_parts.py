@@ -33,6 +33,9 @@ class GhostText(Processor):
         given, fragments = transformation_input, transformation_input.fragments
         if given.lineno != given.document.cursor_position_row or get_app().is_done:
             return Transformation(fragments)
+        # While something is searched for, the cursor is shown where it would go.
+        if not get_app().layout.has_focus(self._typing.buffer):
+            return Transformation(fragments)
         if not (shown := on_one_line(self._typing.shown())):
             return Transformation(fragments)
         place = given.source_to_display(given.document.cursor_position_col)

@@ -119,7 +119,7 @@ def test_a_new_file_that_somebody_else_makes_is_noticed(path: Path) -> None:
         (lambda path: path.mkdir(), UsageError, "is a folder"),
         (lambda path: os.mkfifo(path), UsageError, "is no ordinary file"),
         (lambda path: path.touch(0o444), OutputError, "may only be read"),
-        (lambda path: path.write_bytes(b"x" * ((4 << 20) + 1)), LimitError, "4,194,305 bytes"),
+        (lambda path: path.write_bytes(b"x" * ((1 << 20) + 1)), LimitError, "1,048,577 bytes"),
         (lambda path: path.symlink_to(path.parent / "no" / "file"), NotFoundError, "there is no folder"),
     ],
     ids=["bad byte", "half a character", "folder", "pipe", "read-only", "large", "no folder"],

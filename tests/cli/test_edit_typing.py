@@ -526,11 +526,15 @@ def test_undo_and_redo(in_text: Callable[..., Any]) -> None:
 
 def test_a_text_is_searched(in_text: Callable[..., Any]) -> None:
     async def scenario(hand: Hand) -> None:
-        await hand.settled()
+        hand.press("\x05")
+        await hand.question(1)
+        await hand.ghost(" here")
+        await hand.until(lambda: hand.picture[0] == "a cat here")
         hand.press("\x06")
         await hand.until(lambda: hand.screen.app.layout.is_searching)
         hand.press("DOG")
         await hand.until(lambda: any("DOG" in line for line in hand.picture))
+        assert hand.picture[:2] == ["a cat", "a dog"]  # no ghost where the cursor may go
         hand.press(ENTER)
         await hand.until(lambda: not hand.screen.app.layout.is_searching)
         assert hand.buffer.document.cursor_position_row == 1
