@@ -30,6 +30,7 @@ COMMANDS: dict[str, Entry] = {
     "chat": Entry("Talk with a model.", "gptcli.cli.chat:chat"),
     "predict": Entry("Show what may come next, as bars.", "gptcli.cli.predict:predict"),
     "complete": Entry("Suggest short continuations for a cursor.", "gptcli.cli.complete:complete"),
+    "edit": Entry("Write a line or a text, with ghost text from the model.", "gptcli.cli.edit:edit"),
     "shell-init": Entry("Print what lets a shell's line ask a warm model.", "gptcli.cli.shell_init:shell_init"),
     "score": Entry("Show how surprising each token of a text is.", "gptcli.cli.score:score"),
     "embed": Entry("Turn texts into vectors, or explore the embedding table.", "gptcli.cli.embed:embed"),

@@ -131,13 +131,13 @@ def _show(out: Output, result: dict[str, Any]) -> None:
     for number, each in enumerate(result["completions"], 1):
         text = each["text"].replace("\r", "\\r").replace("\n", "\\n")
         if out.on_terminal:
-            before = out.style(f"{number}  {_percent(each['probability'])}  ", "dim")
+            before = out.style(f"{number}  {percent(each['probability'])}  ", "dim")
             out.data(before + harmless(text))
         else:
             out.text(text + "\n", flush=False)
 
 
-def _percent(probability: float) -> str:
+def percent(probability: float) -> str:
     """In six places, so that columns stand."""
     shown = f"{100 * probability:.1f}"
     return f"{'<0.1' if shown == '0.0' else shown:>5}%"

@@ -80,6 +80,27 @@ def open_for_inference(
     return model
 
 
+def link_torch() -> None:
+    """Have the system link the largest of torch's libraries, without which ``import torch`` would do it.
+
+    For whoever imports it while somebody types: importing holds the interpreter's lock all the while, up to a second,
+    and this does not. It does nothing where it can't; then the import does it all.
+    """
+    import ctypes
+    import os
+    from importlib.util import find_spec
+
+    spec = None if "torch" in sys.modules else find_spec("torch")
+    if spec is None or spec.origin is None:
+        return
+    folder = Path(spec.origin).parent / "lib"
+    dlopen = ctypes.CDLL(None).dlopen
+    dlopen.argtypes, dlopen.restype = [ctypes.c_char_p, ctypes.c_int], ctypes.c_void_p
+    for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
+        if (folder / name).exists():
+            dlopen(os.fsencode(folder / name), os.RTLD_NOW | os.RTLD_LOCAL)
+
+
 @contextmanager
 def _uncollected() -> Iterator[None]:
     """Within, no garbage is looked for: importing torch makes objects by the hundred thousand, and all of them stay.

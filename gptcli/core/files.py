@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,30 +15,65 @@ from safetensors import SafetensorError
 from gptcli.errors import OutputError
 
 
-def write_whole(file: Path, data: bytes | memoryview, *, private: bool = False) -> None:
+def write_whole(file: Path, data: bytes | memoryview, *, private: bool = False, like_before: bool = False) -> None:
     """Write beside, sync, rename: whoever looks finds what was there before, or all of the new.
 
-    A link stays one, and a device or a pipe is written into. A ``private`` file only its owner may read and write.
-    Raises OutputError.
+    A link stays one, and a device or a pipe is written into. A ``private`` file only its owner may read and write; one
+    ``like_before`` has the permissions, the owner and the other names (hard links) of the file that was there: where
+    these can't be had by renaming it is written in place. Raises OutputError.
     """
     with output_errors(file):
         if file.exists() and not file.is_file():  # what can't be replaced, or must not be: /dev/stdout, /dev/null
             file.write_bytes(data)
             return
         target = file.resolve()
-        handle, name = tempfile.mkstemp(prefix=".writing-", suffix=target.suffix, dir=target.parent)
+        before = target.stat() if like_before and target.exists() else None
+        if before is not None and before.st_nlink > 1:
+            _write_in_place(target, data)
+            return
+        try:
+            handle, name = tempfile.mkstemp(prefix=".writing-", suffix=target.suffix, dir=target.parent)
+        except PermissionError:
+            if before is None:
+                raise
+            _write_in_place(target, data)  # the folder is not ours, but the file is
+            return
         try:
             with os.fdopen(handle, "wb") as stream:
                 stream.write(data)
                 stream.flush()
                 os.fsync(stream.fileno())
-            if not private:
+            if before is not None and not _become(name, before):
+                os.unlink(name)
+                _write_in_place(target, data)
+                return
+            if before is None and not private:
                 os.chmod(name, 0o666 & ~umask())  # a temporary file is its owner's alone
             os.replace(name, target)
         except BaseException:
             with contextlib.suppress(OSError):
                 os.unlink(name)
             raise
+
+
+def _become(name: str, before: os.stat_result) -> bool:
+    """Give a file the owner and the permissions of another one; whether that could be done."""
+    made = os.stat(name)
+    if (made.st_uid, made.st_gid) != (before.st_uid, before.st_gid):
+        try:
+            os.chown(name, before.st_uid, before.st_gid)
+        except OSError:
+            return False
+    os.chmod(name, stat.S_IMODE(before.st_mode))
+    return True
+
+
+def _write_in_place(file: Path, data: bytes | memoryview) -> None:
+    with file.open("r+b") as stream:
+        stream.write(data)
+        stream.truncate()
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 @contextlib.contextmanager

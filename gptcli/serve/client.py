@@ -74,15 +74,22 @@ class Client:
             if not answer.isclosed():
                 self.close()
 
+    def open(self, timeout: float | None = None) -> None:
+        """Connect anew, and from now on with this ``timeout``: ``interrupt`` finds somebody. Raises GoneError."""
+        self.close()
+        self._connection.timeout = timeout
+        _or_gone(self._connection.connect)
+
     def close(self) -> None:
         """Hang up; the next request opens a new connection."""
         self._connection.close()
 
     def interrupt(self) -> None:
         """Let whoever waits for an answer find that there is none (GoneError); from another thread or a signal."""
-        if self._connection.sock is not None:
+        connected = self._connection.sock  # which the other thread may close meanwhile
+        if connected is not None:
             with suppress(OSError):
-                self._connection.sock.shutdown(socket.SHUT_RDWR)
+                connected.shutdown(socket.SHUT_RDWR)
 
     def _ask(self, method: str, path: str, body: Mapping[str, Any] | None) -> http.client.HTTPResponse:
         data = None if body is None else json.dumps(body, ensure_ascii=False).encode("utf-8", "surrogatepass")

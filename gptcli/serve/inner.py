@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 from urllib.parse import parse_qs
 
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -143,14 +145,24 @@ async def complete(request: HttpRequest) -> Response:
         raise UsageError(f"the request can't be read: {error}", "numbers should be numbers") from None
     # The time that it waits for its turn is the caller's too.
     end = time.perf_counter() + asked.get("deadline_seconds", 0.0)
+    gone = threading.Event()
+
+    def clock() -> float:
+        """Is looked at between two steps: one that nobody waits for any more is not taken."""
+        if gone.is_set():
+            raise ClientDisconnect
+        return time.perf_counter()
 
     def work() -> dict[str, Any]:
         if "deadline_seconds" in asked:
             asked["deadline_seconds"] = max(1e-3, end - time.perf_counter())
         prefixes = service.bridge.engine.prefixes
-        return core.complete(service.model, prefix, prefixes=prefixes, **asked).plain(service.model)
+        return core.complete(service.model, prefix, prefixes=prefixes, clock=clock, **asked).plain(service.model)
 
-    found = await unless_gone(request, service.bridge.call(work))
+    try:
+        found = await unless_gone(request, service.bridge.call(work))
+    finally:
+        gone.set()
     if not form:
         return JSONResponse(found)
     lines = [f"{each['probability']:.6f}\t{_one_line(each['text'])}\n" for each in found["completions"]]

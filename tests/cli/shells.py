@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from queue import SimpleQueue
 from urllib.parse import parse_qs
 
 from tests.cli.tmux import Tmux
@@ -82,11 +83,25 @@ def shell_in_tmux(name: str, *, prompt: str = "> ", width: int = 90, height: int
         shutil.rmtree(folder, ignore_errors=True)
 
 
+_OPENED = {
+    "name": "tiny",
+    "used": {"device": "cpu", "dtype": "float32", "quantize": "none"},
+    "context": 64,
+    "vocab_size": 300,
+    "step": "by nobody",
+}
+
+
 class StandIn:
-    """Speaks HTTP at a socket as a warm process does, and answers what ``answer`` says; None: never."""
+    """Speaks HTTP at a socket as a warm process does, and answers what ``answer`` says; None: never.
+
+    Attributes:
+        asked: what it was asked; ``dropped``: those of them whose asker hung up, since no answer came.
+    """
 
     def __init__(self, path: Path, answer: Answer) -> None:
         self.asked: list[Asked] = []
+        self.dropped: SimpleQueue[Asked] = SimpleQueue()
         self._answer = answer
         self._held: list[socket.socket] = []
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -117,21 +132,32 @@ class StandIn:
             form = "urlencoded" in headers["content-type"]
             fields = parse_qs(body.decode(), keep_blank_values=True) if form else {}
             asked = {name: values[-1] for name, values in fields.items()} or json.loads(body)
+            if head.startswith(b"POST /gptcli/open "):
+                self._tell(talk, json.dumps(_OPENED))
+                return
             self.asked.append(asked)
             texts = self._answer(asked)
             if texts is None:
                 self._held.append(talk)
+                talk.recv(1)
+                self.dropped.put(asked)
                 return
             if form:
                 told = "".join(f"{0.5 / number:.6f}\t{text}\n" for number, text in enumerate(texts, 1))
             else:
-                told = json.dumps({"completions": [{"text": text, "probability": 0.5} for text in texts]})
-            answer = told.encode()
-            talk.sendall(b"HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(answer) + answer)
-            talk.close()
+                found = [{"text": text, "probability": 0.5 / number} for number, text in enumerate(texts, 1)]
+                told = json.dumps({"completions": found, "late": False, "known": 0})
+            self._tell(talk, told)
+
+    @staticmethod
+    def _tell(talk: socket.socket, told: str) -> None:
+        answer = told.encode()
+        talk.sendall(b"HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(answer) + answer)
+        talk.close()
 
     def close(self) -> None:
-        self._listener.shutdown(socket.SHUT_RDWR)
+        with suppress(OSError):  # it may be closed already
+            self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         for talk in self._held:
             talk.close()
