@@ -115,9 +115,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             **LLAMA,
             "head_dim": 16,
             "tie_word_embeddings": True,
-            **stretched(
-                "llama3", 8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32
-            ),
+            **stretched("llama3", 8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32),
         },
     ),
     "llama-dynamic": ("Llama", {**LLAMA, "max_position_embeddings": 32, "head_dim": 16, **stretched("dynamic", 3.0)}),
