@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import gptcli.spec
 from gptcli.errors import CorruptError, GptcliError, NotFoundError, UnsupportedError
 from gptcli.spec.config import ModelConfig, from_hf, read_config, to_hf
+from gptcli.spec.presets import NAMES
 
 PRESETS = sorted((Path(gptcli.spec.__file__).parent / "presets").glob("*.json"))
 
@@ -38,7 +39,8 @@ def _without(raw: dict[str, Any], key: str) -> dict[str, Any]:
 def test_every_preset_of_the_contract_is_there() -> None:
     gpt2 = ["gpt2", "gpt2-large", "gpt2-medium", "gpt2-xl"]
     gpt3 = [f"gpt3-{size}" for size in ("13b", "2.7b", "6.7b", "large", "medium", "small", "xl")]
-    assert sorted(path.stem for path in PRESETS) == sorted(["gpt1", *gpt2, *gpt3, "gpt3"])
+    assert {path.stem for path in PRESETS} >= {"gpt1", *gpt2, *gpt3, "gpt3"}
+    assert sorted(NAMES) == sorted(path.stem for path in PRESETS)
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
@@ -355,3 +357,27 @@ def test_any_value_under_any_key_is_read_or_refused(family: dict[str, Any], chan
         return
     assert all(type(id_) is int for id_ in config.eos_ids)
     assert from_hf(json.loads(json.dumps(to_hf(config)))) == config
+
+
+@pytest.mark.parametrize(
+    ("named", "ends"),
+    [([2, 7], (2, 7)), (5, (5,)), (None, (9,)), ([3, 3], (3,)), ([100], (9,))],
+    ids=["several", "one", "none", "twice", "outside the vocabulary"],
+)
+def test_the_ends_that_generation_config_names_count_before_its_own(
+    tmp_path: Path, named: object, ends: tuple[int, ...]
+) -> None:
+    raw = {"model_type": "gpt2", "vocab_size": 10, "n_positions": 8, "n_embd": 4, "n_layer": 1, "n_head": 1}
+    (tmp_path / "config.json").write_text(json.dumps({**raw, "eos_token_id": 9}))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": named}))
+    assert read_config(tmp_path).eos_ids == ends
+    assert read_config(tmp_path / "config.json").eos_ids == (9,)
+
+
+def test_a_broken_generation_config_is_told(tmp_path: Path) -> None:
+    raw = {"model_type": "gpt2", "vocab_size": 10, "n_positions": 8, "n_embd": 4, "n_layer": 1, "n_head": 1}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    for text in ("{", "[]", '{"eos_token_id": "2"}'):
+        (tmp_path / "generation_config.json").write_text(text)
+        with pytest.raises(CorruptError, match="generation_config"):
+            read_config(tmp_path)
