@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from gptcli.core.quantize import check_quantize, quantize_
 from gptcli.core.stepping import Stepping
 from gptcli.errors import UnsupportedError
 from gptcli.spec.config import ModelConfig, read_config
+from gptcli.spec.index import DTYPE_NAMES
 from gptcli.spec.match import match_folder, stored_dtype
 from gptcli.text.tokenizer import Tokenizer
 
@@ -93,6 +95,21 @@ def open_model(
         quantize_(transformer, quantize)
     seconds = time.perf_counter() - start
     return Model(name or folder.name, config, transformer, tokenizer, target, kind, seconds, quantize, native, compile)
+
+
+def open_weights(folder: Path) -> Transformer:
+    """A folder's weights on the CPU, for what reads them without computing: mapped from the files, in their own type.
+
+    Where the types are several, it is one that holds them all. Raises NotFoundError, CorruptError, UnsupportedError.
+    """
+    config = read_config(folder)
+    matched = match_folder(folder, config)
+    kinds = {runtime.DTYPES[DTYPE_NAMES[info.dtype]] for _, info in matched.values()}
+    with torch.device("meta"):
+        transformer = new_transformer(config)
+    dtype = reduce(torch.promote_types, kinds)
+    load_weights(transformer, matched, device=torch.device("cpu"), dtype=dtype)
+    return transformer.eval().requires_grad_(False)
 
 
 def new_transformer(config: ModelConfig) -> Transformer:

@@ -1,0 +1,293 @@
+"""A tokenizer as llama.cpp keeps it in a GGUF: byte-level BPE (its model "gpt2") or SentencePiece's BPE ("llama").
+
+llama.cpp splits text by patterns that are built in and have names; a vocabulary whose pattern has none is refused,
+since it would cut text otherwise there. Source: llama.cpp's ``llama-vocab.cpp`` and the GGUF specification.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gptcli.errors import CheckError, CorruptError, NotFoundError, UnsupportedError
+
+# Kinds of tokens, by the numbers of the GGUF specification.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+
+_GPT2 = "GPT-2"
+_DIGITS = "each digit"
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_ENDING = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_CASES = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+"
+_MORE_CASES = rf"{_UPPER}+{_LOWER}*"
+_REST_SLASH = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+# How a text is split, one step after the other, and llama.cpp's name for it.
+_NAMES: dict[tuple[str, ...], str] = {
+    (_GPT2,): "gpt-2",
+    (_DIGITS, _GPT2): "smollm",
+    (_WORDS + r"\p{N}{1,3}" + _REST,): "dbrx",  # "llama-bpe" where whole words go before merges
+    (_WORDS + r"\p{N}" + _REST,): "qwen2",
+    (_CASES + _ENDING + _MORE_CASES + r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}" + _REST_SLASH,): "gpt-4o",
+    (_CASES + r"|[^\r\n\p{L}\p{N}]?" + _MORE_CASES + r"|\p{N}" + _REST_SLASH,): "tekken",
+}
+_ROUGHLY = ("gpt-4o", "tekken")
+_WHOLE_WORDS = {"dbrx": "llama-bpe"}
+_SPACE = "\u2581"  # what SentencePiece writes for a space
+
+
+@dataclass(frozen=True)
+class GgufWords:
+    """The vocabulary of a GGUF.
+
+    Attributes:
+        model: llama.cpp's kind of tokenizer, ``gpt2`` or ``llama``.
+        pattern: its name for how text is split; "" where there is no splitting.
+        tokens, kinds: every id's text, in the file's own spelling, and kind.
+        merges: ``left right`` in their order; of ``gpt2``.
+        scores: the higher, the earlier a token is merged; of ``llama``.
+        ids: tokens with a role (``bos``, ``eos``, ``eot``, ``unknown``, ``padding``) where there is one.
+        add_start: every text begins with the token ``bos``.
+        add_space: every text begins with a space.
+        notes: where llama.cpp may make other ids of a text.
+    """
+
+    model: str
+    pattern: str
+    tokens: tuple[str, ...]
+    kinds: tuple[int, ...]
+    merges: tuple[str, ...]
+    scores: tuple[float, ...]
+    ids: Mapping[str, int]
+    add_start: bool
+    add_space: bool
+    notes: tuple[str, ...] = ()
+
+
+def read_gguf_words(
+    folder: Path, vocab_size: int, *, start_id: int | None, end_ids: Sequence[int], start_always: bool | None = None
+) -> GgufWords:
+    """The vocabulary of a model folder as llama.cpp keeps it.
+
+    Args:
+        folder: with ``tokenizer.json``, or ``vocab.json`` and ``merges.txt``.
+        vocab_size: rows of the model's table; ids without a token are filled up.
+        start_id, end_ids: the tokens that start and end a text, as the configuration has them.
+        start_always: whether every text begins with ``start_id``; None: as the files say.
+
+    Raises NotFoundError without these files, CorruptError when they can't be read, UnsupportedError for a tokenizer
+    that llama.cpp lacks, CheckError when it has more tokens than the model.
+    """
+    raw = _read(folder)
+    settings = _settings(folder)
+    where = str(folder)
+    try:
+        model, added = raw["model"], raw.get("added_tokens") or []
+        kind = model.get("type", "BPE")
+        if kind != "BPE":
+            raise UnsupportedError(f"{where} has a tokenizer of the kind {kind}", "export it with --to hf")
+        by_text: dict[str, int] = {**model["vocab"], **{token["content"]: token["id"] for token in added}}
+        merges = [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
+        pieces = bool(model.get("byte_fallback"))
+        tokens, kinds = _tokens(by_text, added, model.get("unk_token"), pieces, vocab_size, where)
+        placed = _placed_before(raw.get("post_processor"))
+        if placed is None and settings.get("add_bos_token") is True:
+            placed = by_text.get(_content(settings.get("bos_token")), start_id)
+        ids = _roles(by_text, settings, model.get("unk_token"), placed if placed is not None else start_id, end_ids)
+        add_start = placed is not None if start_always is None else start_always
+        if not pieces:
+            pattern, notes = _split(raw, bool(model.get("ignore_merges")), where)
+            if not merges:
+                raise UnsupportedError(f"{where} merges nothing, and llama.cpp wants merges", "export it with --to hf")
+            joined = tuple(" ".join(merge) for merge in merges)
+            return GgufWords("gpt2", pattern, tokens, kinds, joined, (), ids, add_start, False, notes)
+        scores, notes = _scores(by_text, kinds, merges, vocab_size)
+        space = _leading_space(raw, where)
+        return GgufWords("llama", "default", tokens, kinds, (), scores, ids, add_start, space, notes)
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        hint = "download or save the tokenizer again"
+        raise CorruptError(f"{where}: the tokenizer can't be read: {type(error).__name__} {error}", hint) from None
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    """The folder's tokenizer in the shape of ``tokenizer.json``."""
+    file = folder / "tokenizer.json"
+    if file.is_file():
+        return _json(file)
+    if not ((folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()):
+        raise NotFoundError(
+            f"{folder} has no tokenizer.json, and no vocab.json with merges.txt",
+            "copy the model's tokenizer files into the folder: llama.cpp has them inside the GGUF",
+        )
+    vocab = _json(folder / "vocab.json")
+    lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+    ends = [{"content": text, "id": vocab[text]} for text in ("<|endoftext|>",) if text in vocab]
+    merges = [line for line in lines if line and not line.startswith("#version")]
+    model = {"type": "BPE", "vocab": vocab, "merges": merges}
+    return {"model": model, "added_tokens": ends, "pre_tokenizer": {"type": "ByteLevel"}}
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        hint = "download or save the tokenizer again"
+        raise CorruptError(f"{file} can't be read as JSON: {error}", hint) from None
+    if not isinstance(raw, dict):
+        raise CorruptError(f"{file} holds {type(raw).__name__}, not an object", "download or save the tokenizer again")
+    return raw
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    file = folder / "tokenizer_config.json"
+    return _json(file) if file.is_file() else {}
+
+
+def _content(token: Any) -> str:
+    """The text of a token in ``tokenizer_config.json``; "" for none."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else ""
+
+
+def _tokens(
+    by_text: Mapping[str, int],
+    added: Sequence[Mapping[str, Any]],
+    unknown: str | None,
+    pieces: bool,
+    vocab_size: int,
+    where: str,
+) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Every id's text and kind; ids without a token get one that nothing makes."""
+    if any(type(id_) is not int or id_ < 0 for id_ in by_text.values()):
+        raise ValueError("an id is not a number from 0 on")
+    size = max(by_text.values()) + 1
+    if size > vocab_size:
+        raise CheckError(
+            f"the tokenizer of {where} has {size:,} tokens, and the model has room for {vocab_size:,}",
+            "the tokenizer belongs to another model",
+        )
+    tokens = [f"[PAD{id_}]" for id_ in range(vocab_size)]
+    kinds = [UNUSED] * vocab_size
+    for text, id_ in by_text.items():
+        tokens[id_], kinds[id_] = text, NORMAL
+    if pieces:
+        for byte in range(256):
+            if (place := by_text.get(f"<0x{byte:02X}>")) is not None:
+                kinds[place] = BYTE
+    for token in added:
+        kinds[token["id"]] = CONTROL if token.get("special", True) else USER_DEFINED
+    if pieces and unknown is not None and unknown in by_text:
+        kinds[by_text[unknown]] = UNKNOWN
+    return tuple(tokens), tuple(kinds)
+
+
+def _placed_before(raw: Any) -> int | None:
+    """The id of the special token that the file puts before every text, if it does."""
+    steps = raw["processors"] if raw and raw["type"] == "Sequence" else [raw] if raw else []
+    for step in steps:
+        if step["type"] == "TemplateProcessing" and "SpecialToken" in step["single"][0]:
+            return int(step["special_tokens"][step["single"][0]["SpecialToken"]["id"]]["ids"][0])
+    return None
+
+
+def _roles(
+    by_text: Mapping[str, int],
+    settings: Mapping[str, Any],
+    unknown: str | None,
+    start_id: int | None,
+    end_ids: Sequence[int],
+) -> dict[str, int]:
+    named = {key: by_text.get(_content(settings.get(f"{key}_token"))) for key in ("bos", "eos", "pad", "unk")}
+    ends = list(dict.fromkeys([*end_ids, *([] if named["eos"] is None else [named["eos"]])]))
+    roles = {
+        "bos": start_id if start_id is not None else named["bos"],
+        "eos": ends[0] if ends else None,
+        "eot": ends[1] if len(ends) > 1 else None,  # generation ends there as well
+        "unknown": by_text.get(unknown) if unknown else named["unk"],
+        "padding": named["pad"],
+    }
+    return {role: id_ for role, id_ in roles.items() if id_ is not None}
+
+
+def _split(raw: Mapping[str, Any], ignore_merges: bool, where: str) -> tuple[str, tuple[str, ...]]:
+    """llama.cpp's name for how text is split before merging, and where it does otherwise than the file."""
+    steps = tuple(_steps(raw.get("pre_tokenizer"), where))
+    name = _NAMES.get(steps)
+    if name is None:
+        how = " then ".join(steps) or "not at all"
+        raise UnsupportedError(
+            f"llama.cpp has no name for how the tokenizer of {where} splits text: {how}", "export it with --to hf"
+        )
+    notes = []
+    for step in _sequence(raw.get("normalizer"), "normalizers"):
+        if step["type"] != "NFC":
+            raise UnsupportedError(f"llama.cpp has no normalizer {step['type']}", "export it with --to hf")
+        notes.append(
+            "llama.cpp does not compose accents (NFC) as the tokenizer does: ids differ where they stand apart"
+        )
+    if name in _ROUGHLY:
+        notes.append(f"llama.cpp's pattern {name} is the tokenizer's for English: ids may differ beyond")
+    return (_WHOLE_WORDS.get(name, name) if ignore_merges else name), tuple(notes)
+
+
+def _sequence(raw: Any, key: str) -> list[Any]:
+    return list(raw[key]) if raw and raw["type"] == "Sequence" else [raw] if raw else []
+
+
+def _steps(raw: Any, where: str) -> list[str]:
+    steps = []
+    for step in _sequence(raw, "pretokenizers"):
+        if step["type"] == "ByteLevel":
+            if step.get("add_prefix_space"):
+                raise UnsupportedError(
+                    f"the tokenizer of {where} adds a space before every text, and llama.cpp does not",
+                    "export it with --to hf",
+                )
+            if step.get("use_regex", True):
+                steps.append(_GPT2)
+        elif step["type"] == "Digits" and step.get("individual_digits"):
+            steps.append(_DIGITS)
+        elif step["type"] == "Split" and "Regex" in step["pattern"]:
+            steps.append(str(step["pattern"]["Regex"]))
+        else:
+            steps.append(str(step["type"]))
+    return steps
+
+
+def _scores(
+    by_text: Mapping[str, int], kinds: Sequence[int], merges: Sequence[Sequence[str]], vocab_size: int
+) -> tuple[tuple[float, ...], tuple[str, ...]]:
+    """Each token's score: the earlier a merge, the higher what it makes."""
+    scores = [0.0] * vocab_size
+    never = -float(len(merges) + 1)
+    for text, id_ in by_text.items():
+        if kinds[id_] == NORMAL and len(text) > 1:
+            scores[id_] = never
+    for place in range(len(merges) - 1, -1, -1):
+        scores[by_text["".join(merges[place])]] = -float(place)
+    lost = sum(score == never for score in scores)
+    note = f"{lost:,} tokens that no merge makes are merged by llama.cpp where they fit"
+    return tuple(scores), (note,) if lost else ()
+
+
+def _leading_space(raw: Mapping[str, Any], where: str) -> bool:
+    """Whether a SentencePiece-like tokenizer puts a space before a text."""
+    space = False
+    for step in _sequence(raw.get("normalizer"), "normalizers"):
+        if step["type"] == "Prepend" and step.get("prepend") == _SPACE:
+            space = True
+        elif not (step["type"] == "Replace" and step["pattern"] == {"String": " "} and step["content"] == _SPACE):
+            raise UnsupportedError(f"llama.cpp has no normalizer {step['type']} as {where} has", "export with --to hf")
+    for step in _sequence(raw.get("pre_tokenizer"), "pretokenizers"):
+        if step["type"] != "Metaspace" or step.get("split", True):
+            raise UnsupportedError(
+                f"llama.cpp has no pre-tokenizer {step['type']} as {where} has", "export it with --to hf"
+            )
+        scheme = step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never")
+        space = scheme != "never"
+    return space
