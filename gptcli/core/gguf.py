@@ -29,7 +29,7 @@ KINDS = {"f32": "ALL_F32", "bf16": "MOSTLY_BF16", "f16": "MOSTLY_F16", "q8_0": "
 _BLOCK = 32  # numbers of a row that share a scale in q8_0
 _BLOCK_BYTES = _BLOCK + 2
 _ALIGNMENT = 32  # of each tensor in the file, in bytes
-_CHUNK = 1 << 24  # numbers that are converted at a time
+_CHUNK = 1 << 22  # numbers that are converted at a time
 
 
 @dataclass(frozen=True)
