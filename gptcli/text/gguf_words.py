@@ -7,7 +7,7 @@ since it would cut text otherwise there. Source: llama.cpp's ``llama-vocab.cpp``
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,8 +107,8 @@ def read_gguf_words(
             joined = tuple(" ".join(merge) for merge in merges)
             return GgufWords("gpt2", pattern, tokens, kinds, joined, (), ids, add_start, False, notes)
         scores, notes = _scores(by_text, kinds, merges, vocab_size)
-        space = _leading_space(raw, where)
-        return GgufWords("llama", "default", tokens, kinds, (), scores, ids, add_start, space, notes)
+        space, told = _leading_space(raw, where)
+        return GgufWords("llama", "default", tokens, kinds, (), scores, ids, add_start, space, (*notes, *told))
     except (LookupError, TypeError, AttributeError, ValueError) as error:
         hint = "download or save the tokenizer again"
         raise CorruptError(f"{where}: the tokenizer can't be read: {type(error).__name__} {error}", hint) from None
@@ -171,10 +171,11 @@ def _tokens(
             f"the tokenizer of {where} has {size:,} tokens, and the model has room for {vocab_size:,}",
             "the tokenizer belongs to another model",
         )
-    tokens = [f"[PAD{id_}]" for id_ in range(vocab_size)]
+    tokens = [_filler(id_, by_text) for id_ in range(vocab_size)]
     kinds = [UNUSED] * vocab_size
     for text, id_ in by_text.items():
-        tokens[id_], kinds[id_] = text, NORMAL
+        if "\0" not in text:  # llama.cpp would read the text up to there, and takes no text twice
+            tokens[id_], kinds[id_] = text, NORMAL
     if pieces:
         for byte in range(256):
             if (place := by_text.get(f"<0x{byte:02X}>")) is not None:
@@ -184,6 +185,14 @@ def _tokens(
     if pieces and unknown is not None and unknown in by_text:
         kinds[by_text[unknown]] = UNKNOWN
     return tuple(tokens), tuple(kinds)
+
+
+def _filler(id_: int, by_text: Collection[str]) -> str:
+    """A text for an id without one, which no token has."""
+    text = f"[PAD{id_}]"
+    while text in by_text:
+        text += "]"
+    return text
 
 
 def _placed_before(raw: Any) -> int | None:
@@ -275,9 +284,10 @@ def _scores(
     return tuple(scores), (note,) if lost else ()
 
 
-def _leading_space(raw: Mapping[str, Any], where: str) -> bool:
-    """Whether a SentencePiece-like tokenizer puts a space before a text."""
+def _leading_space(raw: Mapping[str, Any], where: str) -> tuple[bool, tuple[str, ...]]:
+    """Whether a SentencePiece-like tokenizer puts a space before a text, and where llama.cpp does otherwise."""
     space = False
+    notes: tuple[str, ...] = ()
     for step in _sequence(raw.get("normalizer"), "normalizers"):
         if step["type"] == "Prepend" and step.get("prepend") == _SPACE:
             space = True
@@ -290,4 +300,6 @@ def _leading_space(raw: Mapping[str, Any], where: str) -> bool:
             )
         scheme = step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never")
         space = scheme != "never"
-    return space
+        if space:
+            notes = ("llama.cpp puts a space also before a text that begins with one, and the tokenizer does not",)
+    return space, notes

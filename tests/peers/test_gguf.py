@@ -6,13 +6,16 @@ GELU up in half precision), those of the others by up to 1e-5.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
+from tokenizers import models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
 from gptcli.cli import main
@@ -20,6 +23,7 @@ from gptcli.core.build import open_model
 from gptcli.core.gguf import write_gguf
 from gptcli.core.model import Transformer
 from gptcli.spec.config import ModelConfig, RopeScaling
+from gptcli.text.gguf_words import read_gguf_words
 from gptcli.text.tokenizer import Tokenizer
 from tests.conftest import ROOT
 from tests.core.gguf_models import GPT2, LLAMA, random_weights
@@ -118,3 +122,89 @@ def test_random_models_give_the_same_logits_and_greedy_tokens(tmp_path: Path, co
     print(f"off by {off:.2g} of {wanted.std():.2g}")
     assert off < TOLERANCE.get(config.family, 1e-4)
     assert greedy(peer, ids[:8], 12) == our_greedy(model, ids[:8], 12)
+
+
+# --- tokenizers of every kind, llama.cpp beside the tokenizers library ---
+
+_GPT4 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+PATTERNS = {"dbrx": _GPT4 + r"\p{N}{1,3}" + _REST, "qwen2": _GPT4 + r"\p{N}" + _REST}
+
+
+def byte_level(kind: str) -> tokenizers.Tokenizer:
+    """A vocabulary trained on the nasty texts, split as the kind's are."""
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    whole = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind in ("gpt-2", "smollm"))
+    steps: list[Any] = [whole]
+    if kind == "smollm":
+        steps.insert(0, pre_tokenizers.Digits(individual_digits=True))
+    elif kind != "gpt-2":
+        steps.insert(0, pre_tokenizers.Split(tokenizers.Regex(PATTERNS[kind]), "isolated"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    trainer = trainers.BpeTrainer(
+        vocab_size=900,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([text[:2_000] for text in TEXTS.values()] * 3, trainer)
+    tokenizer.add_tokens([tokenizers.AddedToken("<think>", normalized=False)])
+    return tokenizer
+
+
+def in_pieces(scheme: str | None) -> tokenizers.Tokenizer:
+    """A vocabulary as SentencePiece's become: byte fall-back, spaces as ▁; ``scheme`` None is the older spelling."""
+    tokenizer = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    if scheme is None:
+        steps = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        tokenizer.normalizer = normalizers.Sequence(steps)
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=special, max_token_length=12, show_progress=False)
+    lines = [line for text in TEXTS.values() for line in text[:600].translate({10: " ", 0: ""}).split("  ")]
+    tokenizer.train_from_iterator(lines, trainer)
+    raw = json.loads(tokenizer.to_str())
+    raw["added_tokens"] = raw["added_tokens"][:3]
+    if scheme is not None:
+        raw["post_processor"] = {
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+        }
+    return tokenizers.Tokenizer.from_str(json.dumps(raw))
+
+
+KINDS: dict[str, Callable[[], tokenizers.Tokenizer]] = {
+    **{kind: (lambda kind=kind: byte_level(kind)) for kind in ("gpt-2", "smollm", "dbrx", "qwen2")},
+    "pieces": lambda: in_pieces(None),
+    "pieces, first": lambda: in_pieces("first"),
+    "pieces, never": lambda: in_pieces("never"),
+}
+
+
+@pytest.fixture(scope="module", params=KINDS.values(), ids=KINDS.keys())
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[tokenizers.Tokenizer, Any]:
+    """A tokenizer, and what llama.cpp makes of it; the model has room for more tokens."""
+    tokenizer = request.param()
+    tokenizer.encode_special_tokens = True  # those written out in a text are text
+    folder = tmp_path_factory.mktemp("words")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    size = tokenizer.get_vocab_size() + 7
+    words = read_gguf_words(folder, size, start_id=None, end_ids=())
+    config = replace(GPT2, vocab_size=size, layers=1)
+    write_gguf(random_weights(config), folder / "a.gguf", kind="f32", name="words", words=words)
+    return tokenizer, opened(folder / "a.gguf", vocab_only=True, logits_all=False)
+
+
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS.keys())
+def test_every_kind_of_tokenizer_cuts_text_alike(pair: tuple[tokenizers.Tokenizer, Any], text: str) -> None:
+    tokenizer, peer = pair
+    text = text[:3_000]
+    if isinstance(tokenizer.pre_tokenizer, pre_tokenizers.Metaspace):
+        text = text.lstrip(" ")  # before a space llama.cpp puts another, as the export tells
+    if text:  # before nothing at all tokenizers puts no space
+        plain = tokenizer.encode(text, add_special_tokens=False).ids
+        assert peer.tokenize(text.encode(), add_bos=False, special=False) == plain
+        assert peer.tokenize(text.encode(), add_bos=True, special=False) == tokenizer.encode(text).ids

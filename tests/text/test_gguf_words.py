@@ -176,9 +176,21 @@ def test_a_space_before_a_text_by_either_spelling(tmp_path: Path) -> None:
         step = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}
         return pieces(normalizer=None, pre_tokenizer=step)
 
-    assert read(tmp_path, spaced("first")).add_space
+    words = read(tmp_path, spaced("first"))
+    assert words.add_space
+    assert "begins with one" in words.notes[0]
     assert not read(tmp_path, spaced("never")).add_space
     assert not read(tmp_path, pieces(normalizer=pieces()["normalizer"]["normalizers"][1])).add_space
+
+
+def test_no_text_stands_twice_or_holds_a_nul(tmp_path: Path) -> None:
+    """llama.cpp reads a text up to its NUL, and ends where two tokens have one text."""
+    raw = byte_level()
+    raw["model"]["vocab"] |= {"[PAD262]": 260, "a\0": 261}
+    words = read(tmp_path, raw, size=263)
+    assert words.tokens[260:] == ("[PAD262]", "[PAD261]", "[PAD262]]")
+    assert words.kinds[260:] == (NORMAL, UNUSED, UNUSED)
+    assert len(set(words.tokens)) == 263
 
 
 def test_pieces_that_no_merge_makes_are_told(tmp_path: Path) -> None:
