@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from gptcli.core.model import Transformer
 from gptcli.errors import CorruptError
 from gptcli.spec.config import to_hf
 from gptcli.spec.index import FILE_NAME, INDEX_NAME
-from gptcli.spec.match import Matched, disk_layout, written_name
+from gptcli.spec.match import DiskTensor, Matched, disk_layout, written_name
 
 SHARD_BYTES = 5_000_000_000
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "chat_template.jinja")
@@ -50,14 +50,27 @@ def load_weights(model: Transformer, matched: Matched, *, device: torch.device, 
                     tensor = stream.get_tensor(matched[name][0])
                     # On a device, move first: the transposed view then copies there and not here.
                     tensor = tensor.to(device=device, dtype=dtype)
-                    if layout[name].transpose:
-                        tensor = tensor.t()
-                    parts = tensor.split([rows for _, rows in layout[name].parts])
-                    for (ours, _), part in zip(layout[name].parts, parts, strict=True):
+                    for ours, part in our_parts(tensor, layout[name]):
                         _assign(model, ours, part)
         except (SafetensorError, OSError) as error:
             raise CorruptError(f"{file} can't be read: {error}", "download or save the file again") from None
     model.tie()
+
+
+def our_parts(tensor: Tensor, entry: DiskTensor) -> Iterator[tuple[str, Tensor]]:
+    """Our tensors, by name, that one on disk holds: views of it, but for rows that come by turns, which are copied."""
+    if entry.transpose:
+        tensor = tensor.t()
+    turns = tensor.unflatten(0, (entry.turns, -1))  # [turns, rows of one, ...]
+    for (ours, _), part in zip(entry.parts, turns.split(entry.rows(), dim=1), strict=True):
+        yield ours, part.flatten(0, 1)
+
+
+def disk_tensor(parts: Sequence[Tensor], entry: DiskTensor) -> Tensor:
+    """The tensor on disk that holds ours, contiguous; the inverse of ``our_parts``."""
+    turns = [part.unflatten(0, (entry.turns, -1)) for part in parts]
+    tensor = torch.cat(turns, dim=1).flatten(0, 1)
+    return (tensor.t() if entry.transpose else tensor).contiguous()
 
 
 def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
@@ -69,8 +82,8 @@ def disk_tensors(model: Transformer, dtype: torch.dtype) -> Iterator[tuple[str, 
     """The model's tensors as its family keeps them on disk, on the CPU, in ``dtype``, one at a time."""
     ours = dict(model.named_parameters())
     for name, entry in disk_layout(model.config).items():
-        tensor = torch.cat([ours[part].detach().to("cpu", dtype) for part, _ in entry.parts])
-        yield written_name(model.config, name), (tensor.t() if entry.transpose else tensor).contiguous()
+        parts = [ours[part].detach().to("cpu", dtype) for part, _ in entry.parts]
+        yield written_name(model.config, name), disk_tensor(parts, entry)
 
 
 def save_folder(
