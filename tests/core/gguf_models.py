@@ -26,6 +26,18 @@ LLAMA = replace(
     tied=False,
     **_BARE,
 )
+# A model of every family that llama.cpp knows, in a shape of its own.
+FAMILIES: dict[str, ModelConfig] = {
+    "gpt2": GPT2,
+    "gpt_neox": replace(GPT2, family="gpt_neox", position="rope", rope_dim=4, parallel=True, tied=False),
+    "llama": LLAMA,
+    "mistral": replace(LLAMA, family="mistral", head_dim=32, windows=(64, 64)),
+    "qwen2": replace(LLAMA, family="qwen2", qkv_bias=True, tied=True),
+    "qwen3": replace(LLAMA, family="qwen3", head_dim=32, qk_norm="head"),
+    "smollm3": replace(LLAMA, family="smollm3", layers=5, unrotated=(3,), tied=True),
+    "olmo2": replace(LLAMA, family="olmo2", norm_output=True, qk_norm="whole"),
+    "phi3": replace(LLAMA, family="phi3", rope_dim=8),
+}
 
 
 def random_weights(config: ModelConfig, seed: int = 0) -> Transformer:
