@@ -1,29 +1,27 @@
-"""Tokenizer: text <-> token ids over tiktoken, built from a model folder or from a tiktoken encoding.
+"""Tokenizer: text <-> token ids, of a model folder or of a tiktoken encoding.
 
-tiktoken merges by rank, the lowest first, whatever pair makes the token; Hugging Face's byte-level BPE merges listed
-pairs in their order. For a vocabulary that BPE training made these are the same thing, once each token's rank is the
-place of its merge: a token's pair is what merging its own bytes leaves before the last step.
+What knows the vocabulary is a Coder: tiktoken where it makes the very tokens (``ranked``), else the ``tokenizers``
+library (``listed``). Streams, batches, pieces and the space that some put before a text are the same for both.
 """
 
 from __future__ import annotations
 
 import contextlib
-import re
 import threading
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
-from gptcli.errors import CorruptError, NotFoundError
+from gptcli.errors import CorruptError, NotFoundError, UnsupportedError
 from gptcli.text.bulk import in_order
+from gptcli.text.folder import named_tokens, start_of
+from gptcli.text.patterns import InexactError
+from gptcli.text.ranked import RankedCoder
 from gptcli.text.spelling import Spelling
-from gptcli.text.vocabulary import Vocabulary, read_vocabulary
-
-if TYPE_CHECKING:
-    import tiktoken
+from gptcli.text.vocabulary import AGAIN, Vocabulary, from_tokenizer_json, from_vocab_and_merges, load_json
 
 # Same ranks, loaded three times as fast.
 _ENCODING_ALIASES = {"gpt2": "r50k_base"}
@@ -42,48 +40,91 @@ class Piece:
     end: int
 
 
+class Coder(Protocol):
+    """What a Tokenizer encodes and decodes by.
+
+    Attributes:
+        kind: ``tiktoken`` or ``tokenizers``, whichever does the work.
+        special: the added tokens' texts and ids.
+        start_space: where encoding puts a space that the text has not: ``text``, before a text; ``parts``, also behind
+            every added token; None nowhere.
+        takes_space_off: whether decoding a text takes that space off again.
+    """
+
+    kind: str
+    special: dict[str, int]
+    start_space: str | None
+    takes_space_off: bool
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def streams(self) -> bool: ...
+    @property
+    def ids_of_ranks(self) -> dict[int, int] | None: ...
+    def encode(self, text: str, *, special: bool = False, follows: bool = False) -> list[int]: ...
+    def encode_array(self, text: str, *, special: bool = False, follows: bool = False) -> array[int]: ...
+    def encode_ranks(self, text: str, allowed: Set[str] = frozenset()) -> Any: ...
+    def safe_cut(self, text: str) -> int: ...
+    def token_bytes(self, id_: int) -> bytes: ...
+    def spelled(self) -> dict[bytes, int]: ...
+
+
 class Tokenizer:
     """Encodes text into token ids and back.
 
     Special tokens written out in a text (``<|endoftext|>``) are plain text unless ``special=True``; a lone surrogate
     becomes U+FFFD, since it has no UTF-8.
+
+    Some tokenizers put a space before a text. It belongs to the first token, and is taken off where a whole text is
+    decoded; ``follows=True`` says that a text, or tokens, go on with others, where there is none.
     """
 
-    def __init__(self, name: str, encoding: tiktoken.Encoding, vocabulary: Vocabulary | None = None) -> None:
+    def __init__(self, name: str, coder: Coder, start_id: int | None = None) -> None:
         self.name = name
-        self._encoding = encoding
-        self._ids = vocabulary.ids if vocabulary else None  # rank -> id, where they differ
-        self._ranks = {id_: rank for rank, id_ in self._ids.items()} if self._ids else None
-        self._unmerged = vocabulary.unmerged if vocabulary else {}
-        self._special = {text: self._id(rank) for text, rank in encoding._special_tokens.items()}
-        self._all_marks = _alternatives(self._special)
-        self._always = vocabulary.always if vocabulary else ()
-        self._always_marks = _alternatives(self._always)
+        self._coder = coder
         # Where the file says so; None asks the caller to look into config.json.
-        self.start_id = vocabulary.start_id if vocabulary else None
-        self._streams = _streams(encoding._pat_str) and not any(" " in text or "\n" in text for text in self._special)
+        self.start_id = start_id
 
     @classmethod
     def from_folder(cls, folder: Path) -> Tokenizer:
         """The tokenizer of a model folder: ``tokenizer.json``, or ``vocab.json`` and ``merges.txt``.
 
-        Needs no network. Raises NotFoundError without these files, CorruptError or UnsupportedError for their content.
+        Needs no network. Raises NotFoundError without these files, CorruptError or UnsupportedError for their content,
+        UnsupportedError also where it takes the ``tokenizers`` library and that is not installed.
         """
-        import tiktoken
-
-        vocabulary = read_vocabulary(folder)
+        file = folder / "tokenizer.json"
+        if not file.exists():
+            return cls._from_older_files(folder)
+        raw = load_json(file)
         try:
-            encoding = tiktoken.Encoding(
-                name=folder.name,
-                pat_str=vocabulary.pattern,
-                mergeable_ranks=vocabulary.ranks,
-                special_tokens=vocabulary.special,
+            try:
+                coder: Coder = _ranked(folder, from_tokenizer_json(raw, file))
+            except InexactError as reason:
+                from gptcli.text.listed import ListedCoder
+
+                coder = ListedCoder(raw, file, str(reason))
+            return cls(folder.name, coder, start_of(folder, raw.get("post_processor"), coder.special))
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
+            raise CorruptError(f"{file} is not a tokenizer.json: {type(error).__name__} {error}", AGAIN) from None
+
+    @classmethod
+    def _from_older_files(cls, folder: Path) -> Tokenizer:
+        if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
+            vocab = load_json(folder / "vocab.json")
+            named = named_tokens(folder, vocab) if isinstance(vocab, dict) else []
+            coder = _ranked(folder, from_vocab_and_merges(folder, named))
+            return cls(folder.name, coder, start_of(folder, None, coder.special))
+        if (folder / "tokenizer.model").exists() or (folder / "tekken.json").exists():
+            raise UnsupportedError(
+                f"{folder} has its tokenizer only as tokenizer.model or tekken.json, which gptcli does not read",
+                "copy the tokenizer.json of the same model, or write it with transformers: "
+                "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)",
             )
-        except ValueError as error:
-            raise CorruptError(
-                f"{folder} splits text by a broken pattern: {error}", "get the tokenizer again"
-            ) from None
-        return cls(folder.name, encoding, vocabulary)
+        raise NotFoundError(
+            f"{folder} has no tokenizer.json, and no vocab.json with merges.txt",
+            "copy the model's tokenizer files into the folder",
+        )
 
     @classmethod
     def from_encoding(cls, name: str, *, download: bool = False) -> Tokenizer:
@@ -109,65 +150,48 @@ class Tokenizer:
                 f"the vocabulary of {name} could not be downloaded: {type(error).__name__}",
                 "set TIKTOKEN_CACHE_DIR to a folder that holds tiktoken's files, or try again with a network",
             ) from None
-        return cls(name, encoding)
+        return cls(name, RankedCoder(encoding))
+
+    @property
+    def kind(self) -> str:
+        """What does the work: ``tiktoken`` or ``tokenizers``."""
+        return self._coder.kind
 
     @property
     def vocab_size(self) -> int:
         """One more than the largest id."""
-        merged = self._encoding.max_token_value if self._ids is None else max(self._ids.values())
-        return 1 + max([merged, *self._unmerged, *self._special.values()])
+        return self._coder.vocab_size
 
     @property
     def special_tokens(self) -> dict[str, int]:
         """The special tokens' texts and ids."""
-        return dict(self._special)
+        return dict(self._coder.special)
 
-    def encode(self, text: str, *, special: bool = False) -> list[int]:
+    def encode(self, text: str, *, special: bool = False, follows: bool = False) -> list[int]:
         """The token ids of ``text``; with ``special`` the special tokens written out in it become themselves."""
-        marks = self._all_marks if special else self._always_marks
-        return self._encode_plain(text) if marks is None else self._encode_marked(text, marks)
+        return self._coder.encode(text, special=special, follows=follows)
 
-    def _encode_marked(self, text: str, marks: re.Pattern[str]) -> list[int]:
-        ids: list[int] = []
-        end = 0
-        for mark in marks.finditer(text):
-            ids += self._encode_plain(text[end : mark.start()])
-            ids.append(self._special[mark[0]])
-            end = mark.end()
-        return ids + self._encode_plain(text[end:])
-
-    def _encode_plain(self, text: str) -> list[int]:
-        ranks = self._encoding.encode_ordinary(text)
-        return ranks if self._ids is None else [self._ids[rank] for rank in ranks]
-
-    def encode_array(self, text: str, *, special: bool = False) -> array[int]:
+    def encode_array(self, text: str, *, special: bool = False, follows: bool = False) -> array[int]:
         """``encode`` as an ``array("I")``: without a Python integer a token, mostly without the interpreter lock."""
-        marks = self._all_marks if special else self._always_marks
-        ids = array("I")
-        end = 0
-        for mark in marks.finditer(text) if marks is not None else ():
-            ids += self._array_of_plain(text[end : mark.start()])
-            ids.append(self._special[mark[0]])
-            end = mark.end()
-        rest = self._array_of_plain(text[end:] if end else text)
-        return ids + rest if ids else rest
+        return self._coder.encode_array(text, special=special, follows=follows)
 
-    def _array_of_plain(self, text: str) -> array[int]:
-        # What tiktoken's encode_to_numpy wraps; NumPy would take longer to import than most texts to encode.
-        to_buffer = getattr(self._encoding._core_bpe, "encode_to_tiktoken_buffer", None)
-        if to_buffer is None:
-            return array("I", self._encode_plain(text))
-        try:
-            # Through bytes, since the buffer misstates its own shape.
-            ranks = array("I", bytes(to_buffer(text, set())))
-        except UnicodeEncodeError:
-            return self._array_of_plain(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
-        return ranks if self._ids is None else array("I", map(self._ids.__getitem__, ranks))
+    def encode_parts(self, parts: Iterable[str | int]) -> list[int]:
+        """The ids of a text that is given in parts: texts, each encoded apart, and ids of special tokens."""
+        parts = list(parts)
+        ids: list[int] = []
+        for part, follows in zip(parts, self.following(parts), strict=True):
+            ids += self.encode(part, follows=follows) if isinstance(part, str) else [part]
+        return ids
+
+    def following(self, parts: Sequence[str | int]) -> list[bool]:
+        """Of the parts of a text, which go on with one before, so that no space is to be put before them."""
+        spaced = self._coder.start_space == "parts"
+        return [place > 0 and not (spaced and isinstance(parts[place - 1], int)) for place in range(len(parts))]
 
     @property
     def ids_of_ranks(self) -> dict[int, int] | None:
-        """tiktoken's rank of a token -> its id; None where the two are the same."""
-        return None if self._ids is None else dict(self._ids)
+        """The rank of a token, by which ``encode_ranks`` names it -> its id; None where the two are the same."""
+        return self._coder.ids_of_ranks
 
     def encode_ranks(self, text: str, allowed: Set[str] = frozenset()) -> Any:
         """tiktoken's ranks (not ids) of ``text``, ``[N]``: a NumPy uint32 array, without a Python integer a token.
@@ -175,39 +199,41 @@ class Tokenizer:
         Of the special tokens written out in the text, those in ``allowed`` become themselves, and those that are
         matched in any text. For bulk work: it leaves NumPy and the step to ids to the caller.
         """
-        if self._always_marks is not None and self._always_marks.search(text):
-            marks = _alternatives([*allowed, *self._always])
-            assert marks is not None
-            ids = self._encode_marked(text, marks)
-            return ids if self._ranks is None else [self._ranks[id_] for id_ in ids]
-        try:
-            return self._encoding.encode_to_numpy(text, allowed_special=allowed, disallowed_special=())
-        except UnicodeEncodeError:
-            return self.encode_ranks(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), allowed)
+        return self._coder.encode_ranks(text, allowed)
 
     def safe_cut(self, text: str) -> int:
-        """The last place where ``text`` may be cut, whatever follows, without moving a token border; 0: not known."""
-        return _safe_cut(text) if self._streams else 0
+        """The last place where ``text`` may be cut, whatever follows, without moving a token border; 0: not known.
+
+        Never where a space is put before a text: the part behind the cut would get one, too.
+        """
+        return 0 if self._coder.start_space else self._coder.safe_cut(text)
 
     def encode_batch(
-        self, texts: Sequence[str], *, special: bool = False, threads: int | None = None
+        self,
+        texts: Sequence[str],
+        *,
+        special: bool = False,
+        threads: int | None = None,
+        follows: Sequence[bool] | None = None,
     ) -> list[list[int]]:
-        """``encode`` of each text, on all cores (tiktoken works without the interpreter lock)."""
-        return list(in_order(lambda text: self.encode(text, special=special), texts, threads))
+        """``encode`` of each text, on all cores; ``follows`` says of each whether it goes on with another."""
+        pairs = zip(texts, follows if follows is not None else [False] * len(texts), strict=True)
+        return list(in_order(lambda pair: self.encode(pair[0], special=special, follows=pair[1]), pairs, threads))
 
     def cut_stream(self, chunks: Iterable[str]) -> Iterator[str]:
         """The text that ``chunks`` make together, in pieces that can be encoded apart.
 
         The ids of the pieces joined are those of the whole: the text is cut only where the pre-tokenizer's pattern cuts
-        in any case (see ``_safe_cut``). A text for whose pattern that is not known comes as one piece.
+        in any case (see ``safe_cut``). A text for whose pattern that is not known comes as one piece. Those behind the
+        first follow it.
         """
         buffer = ""
         wanted = _CHUNK
         for chunk in chunks:
             buffer += chunk
-            if len(buffer) < wanted or not self._streams:
+            if len(buffer) < wanted or not self._coder.streams:
                 continue
-            cut = _safe_cut(buffer)
+            cut = self._coder.safe_cut(buffer)
             # A run without a break has to be seen whole; look again when it has doubled, not at every chunk.
             wanted = _CHUNK if cut else 2 * len(buffer)
             if cut:
@@ -218,8 +244,8 @@ class Tokenizer:
 
     def encode_stream(self, chunks: Iterable[str], *, special: bool = False) -> Iterator[list[int]]:
         """The ids of the text that ``chunks`` make together, piece by piece, with memory bounded by a few chunks."""
-        for piece in self.cut_stream(chunks):
-            yield self.encode(piece, special=special)
+        for number, piece in enumerate(self.cut_stream(chunks)):
+            yield self.encode(piece, special=special, follows=number > 0)
 
     def encode_streams(
         self, documents: Iterable[Iterable[str]], *, special: bool = False, threads: int | None = None
@@ -230,51 +256,91 @@ class Tokenizer:
         a few pieces a thread; they are read ahead, also of the documents that follow.
         """
 
-        def pieces() -> Iterator[tuple[str, bool]]:
+        def pieces() -> Iterator[tuple[str, bool, bool]]:
             for chunks in documents:
-                held = ""
+                held, follows = "", False
                 for piece in self.cut_stream(chunks):
                     if held:
-                        yield held, False
+                        yield held, follows, False
+                        follows = True
                     held = piece
-                yield held, True
+                yield held, follows, True
 
-        return in_order(lambda piece: (self.encode_array(piece[0], special=special), piece[1]), pieces(), threads)
+        def encoded(piece: tuple[str, bool, bool]) -> tuple[array[int], bool]:
+            return self.encode_array(piece[0], special=special, follows=piece[1]), piece[2]
+
+        return in_order(encoded, pieces(), threads)
 
     def token_bytes(self, id_: int) -> bytes:
-        """The bytes of one token; an id without text (a padded vocabulary has them) is empty."""
-        rank = id_ if self._ranks is None else self._ranks.get(id_, -1)
-        try:
-            return self._encoding.decode_single_token_bytes(rank)
-        except (KeyError, OverflowError):
-            return self._unmerged.get(id_, b"")
+        """The bytes of one token within a text; an id without text (a padded vocabulary has them) is empty."""
+        return self._coder.token_bytes(id_)
+
+    def token_text(self, id_: int) -> str:
+        """The text of one token; bytes that are no character become U+FFFD."""
+        return self._coder.token_bytes(id_).decode("utf-8", errors="replace")
+
+    def speller(self, *, follows: bool = False) -> Callable[[int], bytes]:
+        """What gives the bytes of a text's tokens when it is called with one after the other, from the first on."""
+        if not self._coder.takes_space_off:
+            return self._coder.token_bytes
+        return _Speller(self._coder, self.start_id, follows)
 
     @cached_property
     def spelling(self) -> Spelling:
         """All tokens that are text by their bytes, special ones left out; built when it is first asked for."""
-        ranks = self._encoding._mergeable_ranks
-        tokens = ranks if self._ids is None else {data: self._ids[rank] for data, rank in ranks.items()}
-        unmerged = {data: id_ for id_, data in self._unmerged.items() if data}
-        return Spelling({**unmerged, **tokens})
+        return Spelling(self._coder.spelled())
 
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes of the tokens, joined."""
-        return b"".join(map(self.token_bytes, ids))
+    def decode_bytes(self, ids: Iterable[int], *, follows: bool = False) -> bytes:
+        """The bytes of a text's tokens, joined."""
+        return b"".join(map(self.speller(follows=follows), ids))
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[int], *, follows: bool = False) -> str:
         """The text of the tokens; bytes that are no character become U+FFFD."""
-        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+        return self.decode_bytes(ids, follows=follows).decode("utf-8", errors="replace")
 
     def pieces(self, ids: Iterable[int]) -> Iterator[Piece]:
-        """Each token with its bytes and its place in the text that they make."""
+        """Each token of a text with its bytes and its place in the text that they make."""
         position = 0
+        spell = self.speller()
         for id_ in ids:
-            data = self.token_bytes(id_)
+            data = spell(id_)
             yield Piece(id_, data, position, position + len(data))
             position += len(data)
 
-    def _id(self, rank: int) -> int:
-        return rank if self._ids is None else self._ids[rank]
+
+class _Speller:
+    """Takes the space that encoding put before a text, or before a part of it, off again."""
+
+    def __init__(self, coder: Coder, start_id: int | None, follows: bool) -> None:
+        self._token_bytes, self._start_id = coder.token_bytes, start_id
+        self._marks = frozenset(coder.special.values())
+        self._parts = coder.start_space == "parts"
+        self._at_start = self._due = not follows
+
+    def __call__(self, id_: int) -> bytes:
+        data = self._token_bytes(id_)
+        if id_ in self._marks:
+            # The start token stands before the text: its beginning is still to come.
+            self._due = self._parts or (self._at_start and id_ == self._start_id)
+        elif self._due and data:
+            data, self._due = data.removeprefix(b" "), False
+        self._at_start = False
+        return data
+
+
+def _ranked(folder: Path, vocabulary: Vocabulary) -> RankedCoder:
+    import tiktoken
+
+    try:
+        encoding = tiktoken.Encoding(
+            name=folder.name,
+            pat_str=vocabulary.splitting.pattern,
+            mergeable_ranks=vocabulary.ranks,
+            special_tokens=vocabulary.special,
+        )
+    except ValueError as error:
+        raise CorruptError(f"{folder} splits text by a broken pattern: {error}", "get the tokenizer again") from None
+    return RankedCoder(encoding, vocabulary)
 
 
 def encoding_names() -> list[str]:
@@ -282,47 +348,6 @@ def encoding_names() -> list[str]:
     import tiktoken
 
     return sorted(tiktoken.list_encoding_names())
-
-
-def _alternatives(texts: Iterable[str]) -> re.Pattern[str] | None:
-    """What finds any of the texts, the longest where several begin alike; None for no texts."""
-    ordered = sorted(texts, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, ordered))) if ordered else None
-
-
-# Patterns in which a match that began before a space or newline ends there, if a letter or digit stood before it, and
-# in which nothing looks behind: GPT-2's, and OpenAI's and Llama's later ones that are built from the same parts.
-_KNOWN_PARTS = ("\\p{L}", "\\p{N}", "\\s")
-
-
-def _streams(pattern: str) -> bool:
-    return "(?<" not in pattern and all(part in pattern for part in _KNOWN_PARTS) and "\\s+(?!\\S)" in pattern
-
-
-def _safe_cut(text: str) -> int:
-    """The last place where ``text`` may be cut, whatever follows, without moving a token border; 0 if there is none.
-
-    That is between a letter or digit and a space or newline: the match before ends there with or without the cut (words
-    and numbers hold no white space, and only white space looks ahead), and the next one starts there. Without such a
-    place it is behind a single newline: what follows is neither white space nor ``/``, which some patterns take
-    along with line ends.
-    """
-    for blank in (" ", "\n"):
-        place = text.rfind(blank, 1)
-        for _ in range(1000):
-            if place < 1:
-                break
-            if text[place - 1].isalpha() or text[place - 1].isdecimal():
-                return place
-            place = text.rfind(blank, 1, place)
-    place = len(text) - 1
-    for _ in range(1000):
-        place = text.rfind("\n", 1, place)
-        if place < 1:
-            break
-        if not text[place - 1].isspace() and not text[place + 1].isspace() and text[place + 1] != "/":
-            return place + 1
-    return 0
 
 
 class _WouldDownloadError(Exception):

@@ -45,7 +45,7 @@ import json, sys, time
 from pathlib import Path
 from gptcli.text.tokenizer import Tokenizer
 folder, threads, path, most = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4])
-encoding = Tokenizer.from_folder(folder)._encoding
+encoding = Tokenizer.from_folder(folder)._coder._encoding
 with open(path, encoding="utf-8") as file:
     text = file.read(most)
 if path.endswith(".jsonl"):
