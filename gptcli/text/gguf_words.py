@@ -6,13 +6,16 @@ since it would cut text otherwise there. Source: llama.cpp's ``llama-vocab.cpp``
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gptcli.errors import CheckError, CorruptError, NotFoundError, UnsupportedError
+from gptcli.text.added import Added
+from gptcli.text.folder import named_tokens, start_of, token_names
+from gptcli.text.patterns import steps_of
+from gptcli.text.vocabulary import AGAIN, added_tokens, load_json, merges_of
 
 # Kinds of tokens, by the numbers of the GGUF specification.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -38,6 +41,8 @@ _NAMES: dict[tuple[str, ...], str] = {
 }
 _ROUGHLY = ("gpt-4o", "tekken")
 _WHOLE_WORDS = {"dbrx": "llama-bpe"}
+_END = "<|endoftext|>"
+_ELSEWHERE = "export it with --to hf"
 _SPACE = "\u2581"  # what SentencePiece writes for a space
 
 
@@ -69,94 +74,75 @@ class GgufWords:
     notes: tuple[str, ...] = ()
 
 
-def read_gguf_words(
-    folder: Path, vocab_size: int, *, start_id: int | None, end_ids: Sequence[int], start_always: bool | None = None
-) -> GgufWords:
+def read_gguf_words(folder: Path, vocab_size: int, *, start_id: int | None, end_ids: Sequence[int]) -> GgufWords:
     """The vocabulary of a model folder as llama.cpp keeps it.
 
     Args:
         folder: with ``tokenizer.json``, or ``vocab.json`` and ``merges.txt``.
         vocab_size: rows of the model's table; ids without a token are filled up.
         start_id, end_ids: the tokens that start and end a text, as the configuration has them.
-        start_always: whether every text begins with ``start_id``; None: as the files say.
 
     Raises NotFoundError without these files, CorruptError when they can't be read, UnsupportedError for a tokenizer
     that llama.cpp lacks, CheckError when it has more tokens than the model.
     """
-    raw = _read(folder)
-    settings = _settings(folder)
     where = str(folder)
     try:
-        model, added = raw["model"], raw.get("added_tokens") or []
+        raw, added = _read(folder)
+        model = raw["model"]
         kind = model.get("type", "BPE")
         if kind != "BPE":
-            raise UnsupportedError(f"{where} has a tokenizer of the kind {kind}", "export it with --to hf")
-        by_text: dict[str, int] = {**model["vocab"], **{token["content"]: token["id"] for token in added}}
-        merges = [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
+            raise UnsupportedError(f"{where} has a tokenizer of the kind {kind}", _ELSEWHERE)
+        by_text: dict[str, int] = {**model["vocab"], **{token.text: token.id for token in added}}
+        merges = merges_of(model)
         pieces = bool(model.get("byte_fallback"))
-        tokens, kinds = _tokens(by_text, added, model.get("unk_token"), pieces, vocab_size, where)
-        placed = _placed_before(raw.get("post_processor"))
-        if placed is None and settings.get("add_bos_token") is True:
-            placed = by_text.get(_content(settings.get("bos_token")), start_id)
-        ids = _roles(by_text, settings, model.get("unk_token"), placed if placed is not None else start_id, end_ids)
-        add_start = placed is not None if start_always is None else start_always
-        if not pieces:
-            pattern, notes = _split(raw, bool(model.get("ignore_merges")), where)
-            if not merges:
-                raise UnsupportedError(f"{where} merges nothing, and llama.cpp wants merges", "export it with --to hf")
-            joined = tuple(" ".join(merge) for merge in merges)
-            return GgufWords("gpt2", pattern, tokens, kinds, joined, (), ids, add_start, False, notes)
-        scores, notes = _scores(by_text, kinds, merges, vocab_size)
-        space, told = _leading_space(raw, where)
-        return GgufWords("llama", "default", tokens, kinds, (), scores, ids, add_start, space, (*notes, *told))
+        unknown = model.get("unk_token")
+        tokens, kinds = _tokens(by_text, added, unknown, pieces, vocab_size, where)
+        placed = start_of(folder, raw.get("post_processor"), {token.text: token.id for token in added})
+        ids = _roles(by_text, token_names(folder), unknown, start_id if placed is None else placed, end_ids)
+        notes = list(_flags(added))
+        if pieces:
+            scores, told = _scores(by_text, kinds, merges, vocab_size)
+            space, more = _leading_space(raw, where)
+            notes += [*told, *more]
+            return GgufWords(
+                "llama", "default", tokens, kinds, (), scores, ids, placed is not None, space, tuple(notes)
+            )
+        pattern, told = _split(raw, bool(model.get("ignore_merges")), where)
+        if not merges:
+            raise UnsupportedError(f"{where} merges nothing, and llama.cpp wants merges", _ELSEWHERE)
+        notes += [*told, *_whole_words(by_text, kinds, merges, pattern)]
+        joined = tuple(" ".join(merge) for merge in merges)
+        return GgufWords("gpt2", pattern, tokens, kinds, joined, (), ids, placed is not None, False, tuple(notes))
     except (LookupError, TypeError, AttributeError, ValueError) as error:
-        hint = "download or save the tokenizer again"
-        raise CorruptError(f"{where}: the tokenizer can't be read: {type(error).__name__} {error}", hint) from None
+        raise CorruptError(f"{where}: the tokenizer can't be read: {type(error).__name__} {error}", AGAIN) from None
 
 
-def _read(folder: Path) -> dict[str, Any]:
-    """The folder's tokenizer in the shape of ``tokenizer.json``."""
+def _read(folder: Path) -> tuple[dict[str, Any], list[Added]]:
+    """The folder's tokenizer in the shape of ``tokenizer.json``, and its added tokens."""
     file = folder / "tokenizer.json"
     if file.is_file():
-        return _json(file)
+        raw = load_json(file)
+        if not isinstance(raw, dict):
+            raise CorruptError(f"{file} holds {type(raw).__name__}, not an object", AGAIN)
+        return raw, added_tokens(raw, file)
     if not ((folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()):
         raise NotFoundError(
             f"{folder} has no tokenizer.json, and no vocab.json with merges.txt",
             "copy the model's tokenizer files into the folder: llama.cpp has them inside the GGUF",
         )
-    vocab = _json(folder / "vocab.json")
+    vocab = load_json(folder / "vocab.json")
     lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
-    ends = [{"content": text, "id": vocab[text]} for text in ("<|endoftext|>",) if text in vocab]
     merges = [line for line in lines if line and not line.startswith("#version")]
-    model = {"type": "BPE", "vocab": vocab, "merges": merges}
-    return {"model": model, "added_tokens": ends, "pre_tokenizer": {"type": "ByteLevel"}}
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        raw = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        hint = "download or save the tokenizer again"
-        raise CorruptError(f"{file} can't be read as JSON: {error}", hint) from None
-    if not isinstance(raw, dict):
-        raise CorruptError(f"{file} holds {type(raw).__name__}, not an object", "download or save the tokenizer again")
-    return raw
-
-
-def _settings(folder: Path) -> dict[str, Any]:
-    file = folder / "tokenizer_config.json"
-    return _json(file) if file.is_file() else {}
-
-
-def _content(token: Any) -> str:
-    """The text of a token in ``tokenizer_config.json``; "" for none."""
-    text = token.get("content") if isinstance(token, dict) else token
-    return text if isinstance(text, str) else ""
+    added = {token.text: token for token in named_tokens(folder, vocab)}
+    if _END in vocab:
+        added.setdefault(_END, Added(_END, vocab[_END]))
+    level = {"type": "ByteLevel", "add_prefix_space": False}
+    return {"model": {"vocab": vocab, "merges": merges}, "pre_tokenizer": level}, list(added.values())
 
 
 def _tokens(
     by_text: Mapping[str, int],
-    added: Sequence[Mapping[str, Any]],
+    added: Sequence[Added],
     unknown: str | None,
     pieces: bool,
     vocab_size: int,
@@ -181,7 +167,7 @@ def _tokens(
             if (place := by_text.get(f"<0x{byte:02X}>")) is not None:
                 kinds[place] = BYTE
     for token in added:
-        kinds[token["id"]] = CONTROL if token.get("special", True) else USER_DEFINED
+        kinds[token.id] = CONTROL if token.special else USER_DEFINED
     if pieces and unknown is not None and unknown in by_text:
         kinds[by_text[unknown]] = UNKNOWN
     return tuple(tokens), tuple(kinds)
@@ -195,23 +181,14 @@ def _filler(id_: int, by_text: Collection[str]) -> str:
     return text
 
 
-def _placed_before(raw: Any) -> int | None:
-    """The id of the special token that the file puts before every text, if it does."""
-    steps = raw["processors"] if raw and raw["type"] == "Sequence" else [raw] if raw else []
-    for step in steps:
-        if step["type"] == "TemplateProcessing" and "SpecialToken" in step["single"][0]:
-            return int(step["special_tokens"][step["single"][0]["SpecialToken"]["id"]]["ids"][0])
-    return None
-
-
 def _roles(
     by_text: Mapping[str, int],
-    settings: Mapping[str, Any],
+    names: Mapping[str, str],
     unknown: str | None,
     start_id: int | None,
     end_ids: Sequence[int],
 ) -> dict[str, int]:
-    named = {key: by_text.get(_content(settings.get(f"{key}_token"))) for key in ("bos", "eos", "pad", "unk")}
+    named = {key: by_text.get(names.get(f"{key}_token", "")) for key in ("bos", "eos", "pad", "unk")}
     ends = list(dict.fromkeys([*end_ids, *([] if named["eos"] is None else [named["eos"]])]))
     roles = {
         "bos": start_id if start_id is not None else named["bos"],
@@ -223,19 +200,24 @@ def _roles(
     return {role: id_ for role, id_ in roles.items() if id_ is not None}
 
 
+def _flags(added: Sequence[Added]) -> Iterator[str]:
+    """What llama.cpp does not look at in added tokens."""
+    greedy = sum(token.lstrip or token.rstrip or token.single_word for token in added)
+    if greedy:
+        yield f"{greedy} added tokens take the space beside them along, or are whole words, and in llama.cpp do not"
+
+
 def _split(raw: Mapping[str, Any], ignore_merges: bool, where: str) -> tuple[str, tuple[str, ...]]:
     """llama.cpp's name for how text is split before merging, and where it does otherwise than the file."""
     steps = tuple(_steps(raw.get("pre_tokenizer"), where))
     name = _NAMES.get(steps)
     if name is None:
         how = " then ".join(steps) or "not at all"
-        raise UnsupportedError(
-            f"llama.cpp has no name for how the tokenizer of {where} splits text: {how}", "export it with --to hf"
-        )
+        raise UnsupportedError(f"llama.cpp has no name for how the tokenizer of {where} splits text: {how}", _ELSEWHERE)
     notes = []
-    for step in _sequence(raw.get("normalizer"), "normalizers"):
+    for step in steps_of(raw.get("normalizer"), "normalizers"):
         if step["type"] != "NFC":
-            raise UnsupportedError(f"llama.cpp has no normalizer {step['type']}", "export it with --to hf")
+            raise UnsupportedError(f"llama.cpp has no normalizer {step['type']}", _ELSEWHERE)
         notes.append(
             "llama.cpp does not compose accents (NFC) as the tokenizer does: ids differ where they stand apart"
         )
@@ -244,28 +226,36 @@ def _split(raw: Mapping[str, Any], ignore_merges: bool, where: str) -> tuple[str
     return (_WHOLE_WORDS.get(name, name) if ignore_merges else name), tuple(notes)
 
 
-def _sequence(raw: Any, key: str) -> list[Any]:
-    return list(raw[key]) if raw and raw["type"] == "Sequence" else [raw] if raw else []
-
-
 def _steps(raw: Any, where: str) -> list[str]:
     steps = []
-    for step in _sequence(raw, "pretokenizers"):
+    for step in steps_of(raw, "pretokenizers"):
         if step["type"] == "ByteLevel":
-            if step.get("add_prefix_space"):
+            if step.get("add_prefix_space", True):
                 raise UnsupportedError(
                     f"the tokenizer of {where} adds a space before every text, and llama.cpp does not",
-                    "export it with --to hf",
+                    _ELSEWHERE,
                 )
             if step.get("use_regex", True):
                 steps.append(_GPT2)
         elif step["type"] == "Digits" and step.get("individual_digits"):
             steps.append(_DIGITS)
         elif step["type"] == "Split" and "Regex" in step["pattern"]:
-            steps.append(str(step["pattern"]["Regex"]))
+            kept = step["behavior"] == "Isolated" or (step["behavior"] == "Removed" and step.get("invert"))
+            how = "" if kept else f" ({step['behavior']})"
+            steps.append(str(step["pattern"]["Regex"]) + how)
         else:
             steps.append(str(step["type"]))
     return steps
+
+
+def _whole_words(
+    by_text: Mapping[str, int], kinds: Sequence[int], merges: Sequence[Sequence[str]], pattern: str
+) -> Iterator[str]:
+    """Tokens that the file takes where they are a whole word, and llama.cpp never makes."""
+    made = {"".join(merge) for merge in merges}
+    lost = sum(len(text) > 1 and kinds[id_] == NORMAL and text not in made for text, id_ in by_text.items())
+    if lost and pattern not in (*_WHOLE_WORDS.values(), "tekken"):
+        yield f"{lost:,} tokens that no merge makes are never made by llama.cpp"
 
 
 def _scores(
@@ -288,16 +278,14 @@ def _leading_space(raw: Mapping[str, Any], where: str) -> tuple[bool, tuple[str,
     """Whether a SentencePiece-like tokenizer puts a space before a text, and where llama.cpp does otherwise."""
     space = False
     notes: tuple[str, ...] = ()
-    for step in _sequence(raw.get("normalizer"), "normalizers"):
+    for step in steps_of(raw.get("normalizer"), "normalizers"):
         if step["type"] == "Prepend" and step.get("prepend") == _SPACE:
             space = True
         elif not (step["type"] == "Replace" and step["pattern"] == {"String": " "} and step["content"] == _SPACE):
-            raise UnsupportedError(f"llama.cpp has no normalizer {step['type']} as {where} has", "export with --to hf")
-    for step in _sequence(raw.get("pre_tokenizer"), "pretokenizers"):
+            raise UnsupportedError(f"llama.cpp has no normalizer {step['type']} as {where} has", _ELSEWHERE)
+    for step in steps_of(raw.get("pre_tokenizer"), "pretokenizers"):
         if step["type"] != "Metaspace" or step.get("split", True):
-            raise UnsupportedError(
-                f"llama.cpp has no pre-tokenizer {step['type']} as {where} has", "export it with --to hf"
-            )
+            raise UnsupportedError(f"llama.cpp has no pre-tokenizer {step['type']} as {where} has", _ELSEWHERE)
         scheme = step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never")
         space = scheme != "never"
         if space:

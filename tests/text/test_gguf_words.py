@@ -43,7 +43,10 @@ def split(*regexes: str) -> dict[str, Any]:
     steps: list[dict[str, Any]] = [
         {"type": "Split", "pattern": {"Regex": each}, "behavior": "Isolated"} for each in regexes
     ]
-    return {"type": "Sequence", "pretokenizers": [*steps, {"type": "ByteLevel", "use_regex": False}]}
+    return {
+        "type": "Sequence",
+        "pretokenizers": [*steps, {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}],
+    }
 
 
 def pieces(**more: Any) -> dict[str, Any]:
@@ -146,7 +149,23 @@ def test_a_start_token_that_the_file_places_is_placed(tmp_path: Path) -> None:
     words = read(tmp_path, raw)
     assert words.add_start
     assert words.ids["bos"] == 0
-    assert not read(tmp_path, raw, start_always=False).add_start
+    (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": false}')
+    assert not read(tmp_path, raw).add_start
+
+
+def test_flags_of_added_tokens_are_told(tmp_path: Path) -> None:
+    raw = byte_level()
+    raw["added_tokens"][1]["rstrip"] = True
+    assert "1 added tokens take the space beside them along" in read(tmp_path, raw).notes[0]
+
+
+def test_words_that_no_merge_makes_are_told_where_llama_cpp_never_makes_them(tmp_path: Path) -> None:
+    raw = byte_level(pre_tokenizer=split(QWEN2))
+    raw["model"]["vocab"]["llo"] = 260
+    raw["model"]["ignore_merges"] = True
+    assert "1 tokens that no merge makes" in read(tmp_path, raw).notes[0]
+    raw["pre_tokenizer"] = split(LLAMA3)
+    assert read(tmp_path, raw).notes == ()
 
 
 def test_several_ends_and_those_of_the_tokenizer(tmp_path: Path) -> None:
