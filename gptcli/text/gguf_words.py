@@ -261,17 +261,27 @@ def _whole_words(
 def _scores(
     by_text: Mapping[str, int], kinds: Sequence[int], merges: Sequence[Sequence[str]], vocab_size: int
 ) -> tuple[tuple[float, ...], tuple[str, ...]]:
-    """Each token's score: the earlier a merge, the higher what it makes."""
+    """Each token's score, the higher the earlier its merge; and where llama.cpp, merging by text, makes others."""
     scores = [0.0] * vocab_size
     never = -float(len(merges) + 1)
     for text, id_ in by_text.items():
-        if kinds[id_] == NORMAL and len(text) > 1:
+        if len(text) > 1:
             scores[id_] = never
     for place in range(len(merges) - 1, -1, -1):
         scores[by_text["".join(merges[place])]] = -float(place)
-    lost = sum(score == never for score in scores)
-    note = f"{lost:,} tokens that no merge makes are merged by llama.cpp where they fit"
-    return tuple(scores), (note,) if lost else ()
+    notes = []
+    if lost := sum(scores[id_] == never and kinds[id_] == NORMAL for id_ in by_text.values()):
+        notes.append(f"{lost:,} tokens that no merge makes are merged by llama.cpp where they fit")
+    controls = [text for text, id_ in by_text.items() if kinds[id_] == CONTROL and _has_halves(text, by_text)]
+    if controls:
+        notes.append(f"llama.cpp takes {', '.join(controls)} for the token also where a text has it as plain text")
+    if nuls := sum("\0" in text for text in by_text):
+        notes.append(f"{nuls:,} tokens that hold a NUL are not in the file: llama.cpp reads no text beyond one")
+    return tuple(scores), tuple(notes)
+
+
+def _has_halves(text: str, by_text: Collection[str]) -> bool:
+    return any(text[:cut] in by_text and text[cut:] in by_text for cut in range(1, len(text)))
 
 
 def _leading_space(raw: Mapping[str, Any], where: str) -> tuple[bool, tuple[str, ...]]:

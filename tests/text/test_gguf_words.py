@@ -218,6 +218,15 @@ def test_pieces_that_no_merge_makes_are_told(tmp_path: Path) -> None:
     assert "1 tokens that no merge makes" in read(tmp_path, raw).notes[0]
 
 
+def test_what_llama_cpp_makes_of_texts_alone_is_told(tmp_path: Path) -> None:
+    raw = pieces()
+    raw["model"]["vocab"] |= {"<": 264, "/s>": 265, "b\0": 266}
+    raw["model"]["merges"].append("b \0")
+    notes = read(tmp_path, raw).notes
+    assert any("takes </s> for the token" in note for note in notes)
+    assert any("1 tokens that hold a NUL" in note for note in notes)
+
+
 @pytest.mark.parametrize(
     ("raw", "error", "said"),
     [
