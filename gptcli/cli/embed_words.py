@@ -100,7 +100,7 @@ class Words:
         }
 
     def _text(self, id_: int) -> str:
-        return self.model.tokenizer.decode([id_])
+        return self.model.tokenizer.token_text(id_)
 
     def _quoted(self, id_: int) -> str:
         return quoted(self.model.tokenizer.token_bytes(id_))

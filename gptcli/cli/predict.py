@@ -154,7 +154,7 @@ class _Work:
         self.out, self.runner, self.asked, self.top, self.temperatures = out, runner, asked, top, temperatures
         self.special, self.truncate = special, truncate
         # A choice is encoded apart from the prompt: so the prompt's tokens are the same for all of them.
-        self.choices = [runner.encode(text, special=special) for text in asked.choices]
+        self.choices = [runner.encode(text, special=special, follows=True) for text in asked.choices]
         self._done = 0
 
     def do(self, texts: Sequence[str]) -> None:

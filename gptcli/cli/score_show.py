@@ -239,7 +239,7 @@ class Painter:
     """Tokens to text with colours around it; a character of several tokens waits for its last, and has their sum."""
 
     def __init__(self, out: Output, model: Model) -> None:
-        self._bytes: Callable[[int], bytes] = model.tokenizer.token_bytes
+        self._bytes: Callable[[int], bytes] = model.tokenizer.speller()
         self._shown: Callable[[str], str] = harmless if out.on_terminal else str
         self._colored = out.colored()
         self._held, self._bits = b"", 0.0
@@ -281,7 +281,7 @@ def _fixed(value: float | None, digits: int = 3) -> str:
 
 def _as_json(model: Model, tokens: Sequence[Token]) -> Iterator[dict[str, Any]]:
     for id_, bits in tokens:
-        yield {"id": id_, "text": model.tokenizer.decode([id_]), "bits": bits}
+        yield {"id": id_, "text": model.tokenizer.token_text(id_), "bits": bits}
 
 
 def _totals_as_json(view: View, totals: Totals) -> dict[str, Any]:

@@ -248,7 +248,7 @@ def _as_json(work: _Work, asked: _Asked, made: Sequence[Trace], prompt: str) -> 
     model, first = work.model, made[0]
 
     def text_of(id_: int) -> str:
-        return model.tokenizer.decode([id_])
+        return model.tokenizer.token_text(id_)
 
     value: dict[str, Any] = {
         "model": model.name,
@@ -292,4 +292,4 @@ def _lens(first: Trace) -> list[dict[str, Any]]:
 
 
 def _text(model: Model, id_: int) -> str:
-    return model.tokenizer.decode([id_])
+    return model.tokenizer.token_text(id_)

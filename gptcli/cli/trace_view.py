@@ -163,7 +163,7 @@ def _show_later(sheet: Sheet, trace: Trace, later: Sequence[Trace]) -> None:
     every = [trace, *later]
     drawn = [one.drawn.id for one in every]
     ended = drawn[-1] in trace.model.config.eos_ids
-    made_bytes = trace.model.tokenizer.decode_bytes(drawn[: -1 if ended else None])
+    made_bytes = trace.model.tokenizer.decode_bytes(drawn[: -1 if ended else None], follows=True)
     before, text = visible(trace.model.tokenizer.decode_bytes(trace.ids)), visible(made_bytes)
     if sheet.room is not None:
         text = cut(text, sheet.room - 10)

@@ -15,7 +15,7 @@ from gptcli.core.beams import Beams, Text, rearrange
 from gptcli.core.build import Model
 from gptcli.core.cache import KVCache
 from gptcli.core.decode import padded
-from gptcli.core.generate import check_finite, check_prompt, start_ids
+from gptcli.core.generate import check_finite, check_prompt, started
 from gptcli.core.prefixes import Prefixes
 from gptcli.core.stepping import Forward
 from gptcli.errors import LimitError, UsageError
@@ -200,14 +200,13 @@ def _prompt(model: Model, prefix: str, max_tokens: int, special: bool) -> tuple[
     """The ids to go on from, the bytes given back, and whether the beginning was left out."""
     most = model.config.context - max_tokens
     first = _window(len(prefix), most * _BYTES)
-    ids = model.tokenizer.encode(prefix[first:], special=special)
+    ids = model.tokenizer.encode(prefix[first:], special=special, follows=first > 0)
     back = heal(model.tokenizer, ids)
     if model.tokenizer.start_id is None and model.config.bos_id is None:
         back = min(back, max(0, len(ids) - 1))  # there is nothing else to go on from
-    given = model.tokenizer.decode_bytes(ids[len(ids) - back :])
+    given = model.tokenizer.decode_bytes(ids[len(ids) - back :], follows=True)
     ids = ids[: len(ids) - back]
-    if model.tokenizer.start_id is not None or not ids:
-        ids = start_ids(model) + ids
+    ids = started(model, ids)
     # What was given back has to be made again.
     most = max(1, most - back)
     start = _window(len(ids), most)
@@ -324,8 +323,8 @@ class _Ranking:
         The likeliest texts are looked at first; those that were not come last.
         """
         likely = sorted(texts, key=lambda each: -each.logprob)[:_SUFFIX_TEXTS]
-        tokens = self.model.tokenizer.encode(suffix[: _SUFFIX_TOKENS * _BYTES])[:_SUFFIX_TOKENS]
-        follows = self.model.tokenizer.decode_bytes(tokens).decode("utf-8", errors="ignore")
+        tokens = self.model.tokenizer.encode(suffix[: _SUFFIX_TOKENS * _BYTES], follows=True)[:_SUFFIX_TOKENS]
+        follows = self.model.tokenizer.decode_bytes(tokens, follows=True).decode("utf-8", errors="ignore")
         logprobs: list[float] = []
         for start in range(0, len(likely), _SUFFIX_ROWS):
             if not timer.enough():
@@ -337,7 +336,7 @@ class _Ranking:
 
     def _logprobs(self, texts: Sequence[str]) -> list[float]:
         room = self.model.config.context - self.root.lengths[0]
-        ids = [self.model.tokenizer.encode(text)[:room] for text in texts]
+        ids = [self.model.tokenizer.encode(text, follows=True)[:room] for text in texts]
         cache = self.root.copy(0, self.root.lengths[0], self.root.lengths[0] + max(map(len, ids)))
         cache.select([0] * len(ids))
         logits = self.forward(torch.tensor(padded(ids), device=self.model.device), cache)

@@ -41,10 +41,15 @@ def prompt_ids(model: Model, text: str, *, special: bool = False) -> list[int]:
     With ``special`` the special tokens written out in the text become themselves. Raises UsageError for an empty text
     and a model without a start token. The length is the caller's to check (``check_prompt``).
     """
-    ids = model.tokenizer.encode(text, special=special)
-    if model.tokenizer.start_id is not None or not ids:
-        ids = start_ids(model) + ids
-    return ids
+    return started(model, model.tokenizer.encode(text, special=special))
+
+
+def started(model: Model, ids: list[int]) -> list[int]:
+    """A text's ids behind the start token where the tokenizer has one, or the text is empty; never behind two."""
+    start = model.tokenizer.start_id
+    if ids and (start is None or ids[0] == start):
+        return ids
+    return start_ids(model) + ids
 
 
 def check_prompt(model: Model, ids: Sequence[int]) -> None:

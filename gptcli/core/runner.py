@@ -41,9 +41,9 @@ class LocalModel:
         """``core.generate.prompt_ids``."""
         return prompt_ids(self.model, text, special=special)
 
-    def encode(self, text: str, *, special: bool = False) -> list[int]:
-        """The ids of a text alone."""
-        return self.model.tokenizer.encode(text, special=special)
+    def encode(self, text: str, *, special: bool = False, follows: bool = False) -> list[int]:
+        """The ids of a text alone; with ``follows`` one that goes on with another."""
+        return self.model.tokenizer.encode(text, special=special, follows=follows)
 
     def token_bytes(self, id_: int) -> bytes:
         """The bytes of a token."""
@@ -64,7 +64,7 @@ class LocalModel:
 
     def token_text(self, id_: int) -> str:
         """The text of a token."""
-        return self.model.tokenizer.decode([id_])
+        return self.model.tokenizer.token_text(id_)
 
     def complete(self, prefix: str, **asked: Any) -> dict[str, Any]:
         """``core.complete.complete``, in plain values."""

@@ -248,7 +248,7 @@ class _Recorder:
         self.stages.append(Stage(name, _SYMBOLS[kind or name], tuple(value.shape), dtype, summary))
 
     def _text(self, id_: int) -> str:
-        return self._model.tokenizer.decode([id_])
+        return self._model.tokenizer.token_text(id_)
 
     # What to tell of each kind of stage; values come without the batch axis.
 

@@ -163,12 +163,13 @@ class WarmModel:
         """As ``core.generate.prompt_ids``."""
         return self._ids(text, special, prompt=True)
 
-    def encode(self, text: str, *, special: bool = False) -> list[int]:
-        """The ids of a text alone."""
-        return self._ids(text, special, prompt=False)
+    def encode(self, text: str, *, special: bool = False, follows: bool = False) -> list[int]:
+        """The ids of a text alone; with ``follows`` one that goes on with another."""
+        return self._ids(text, special, prompt=False, follows=follows)
 
-    def _ids(self, text: str, special: bool, *, prompt: bool) -> list[int]:
-        told = self.client.post("/gptcli/tokens", {"text": text, "special": special, "prompt": prompt})
+    def _ids(self, text: str, special: bool, *, prompt: bool, follows: bool = False) -> list[int]:
+        asked = {"text": text, "special": special, "prompt": prompt, "follows": follows}
+        told = self.client.post("/gptcli/tokens", asked)
         ids: list[int] = told["ids"]
         return ids
 

@@ -105,7 +105,7 @@ async def tokens(request: HttpRequest) -> Response:
     ids = (
         prompt_ids(model, text, special=special)
         if body.get("prompt")
-        else model.tokenizer.encode(text, special=special)
+        else model.tokenizer.encode(text, special=special, follows=bool(body.get("follows")))
     )
     return JSONResponse({"ids": ids})
 

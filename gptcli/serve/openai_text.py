@@ -44,8 +44,9 @@ def told_of(
 ) -> list[Told]:
     """A prompt's tokens, from ``read_prompt``."""
     stream, offset, found = TextStream(), 0, []
+    spell = tokenizer.speller()
     for id_, (chosen, top) in zip(ids, reports, strict=True):
-        data = tokenizer.token_bytes(id_)
+        data = spell(id_)
         found.append(Told(data, chosen.logprob if chosen else None, _spelled(tokenizer, top), offset))
         offset += len(stream.push(data))
     return found

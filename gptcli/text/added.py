@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 # White space as the tokenizers library has it, which is Unicode's; Python's own counts U+001C to U+001F as well.
-_SPACE = frozenset("\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000") | {chr(0x2000 + i) for i in range(11)}
+SPACES = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,9 @@ class Marks:
             if self._flagged:
                 if token is None or (token.single_word and _touches_word(text, start, end)):
                     continue
-                while token.lstrip and start > done and text[start - 1] in _SPACE:
+                while token.lstrip and start > done and text[start - 1] in SPACES:
                     start -= 1
-                while token.rstrip and end < len(text) and text[end] in _SPACE:
+                while token.rstrip and end < len(text) and text[end] in SPACES:
                     end += 1
             assert token is not None
             if done < start:

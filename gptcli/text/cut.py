@@ -28,7 +28,7 @@ def truncate(tokenizer: Tokenizer, ids: Iterable[int], size: int, keep: str, *, 
         count, kept = _middle(ids, size)
         whole = count <= size
     while True:
-        data = tokenizer.decode_bytes(kept)
+        data = tokenizer.decode_bytes(kept, follows=not whole and keep != "head")
         start, end = (0, len(data)) if whole else whole_characters(data)
         text = data[start:end].decode("utf-8", errors="replace")
         if whole or not kept or len(tokenizer.encode(text, special=special)) <= size:
@@ -59,12 +59,12 @@ def split(
     Without overlap the pieces joined are the text. A piece is longer than ``size`` only where a single character is,
     and shares less than ``overlap`` only where it could not go on otherwise. ``overlap`` is less than ``size``.
     """
-    source = iter(ids)
+    source = map(tokenizer.speller(), ids)
     data = b""
     ends: list[int] = []  # where each token ends in data; a token may end one character and begin the next
     while True:
-        for id_ in islice(source, max(0, size + 8 - len(ends))):
-            data += tokenizer.token_bytes(id_)
+        for token in islice(source, max(0, size + 8 - len(ends))):
+            data += token
             ends.append(len(data))
         if not data:
             return

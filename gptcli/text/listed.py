@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gptcli.errors import CorruptError, UnsupportedError
 from gptcli.text.added import Added
-from gptcli.text.patterns import safe_cut, steps_of
+from gptcli.text.patterns import InexactError, safe_cut, splitting, steps_of
 from gptcli.text.ranked import cuts
 from gptcli.text.vocabulary import AGAIN, added_tokens, bytes_of, check_ids, merges_of
 
@@ -60,16 +60,16 @@ class ListedCoder:
         Raises UnsupportedError for another kind of tokenizer, or without the library, CorruptError for what is none.
         """
         try:
-            self._added = added_tokens(raw, file)
-            self._form = _form(raw, self._added, file)
-            check_ids(list(_vocabulary(raw, self._added).values()))
+            self.added: Sequence[Added] = added_tokens(raw, file)
+            self._form = _form(raw, self.added, file)
+            check_ids(list(_vocabulary(raw, self.added).values()))
         except (LookupError, TypeError, AttributeError, ValueError) as error:
             raise CorruptError(f"{file} is not a tokenizer.json: {type(error).__name__} {error}", AGAIN) from None
         self._raw, self._file = {**raw, "truncation": None, "padding": None}, file
         self.reason = reason
         self._libraries: dict[tuple[bool, bool], Library] = {}
         self._plain = self._library(special=False, spaced=True)
-        self.special = {token.text: token.id for token in self._added}
+        self.special = {token.text: token.id for token in self.added}
         self.start_space, self.takes_space_off = self._form.start_space, self._form.takes_space_off
         self._bytes: dict[int, bytes] = {}
 
@@ -93,7 +93,7 @@ class ListedCoder:
             return _ids(bare, text)
         # Behind an added token a space is put nevertheless.
         found = library.encode(text, add_special_tokens=False)
-        own = {token.id for token in self._added}
+        own = {token.id for token in self.added}
         first = next((place for place, id_ in enumerate(found.ids) if id_ in own), None)
         if first is None:
             return _ids(bare, text)
@@ -127,7 +127,7 @@ class ListedCoder:
 
     @cached_property
     def _texts(self) -> dict[int, str]:
-        return {id_: text for text, id_ in _vocabulary(self._raw, self._added).items()}
+        return {id_: text for text, id_ in _vocabulary(self._raw, self.added).items()}
 
     @property
     def vocab_size(self) -> int:
@@ -147,7 +147,7 @@ class ListedCoder:
 
     def spelled(self) -> dict[bytes, int]:
         """The ids of tokens that are text by their bytes."""
-        special = {token.id for token in self._added if token.special}
+        special = {token.id for token in self.added if token.special}
         # A byte that also is a character's token is hardly ever the byte.
         order = sorted(self._texts.items(), key=lambda pair: _BYTE.fullmatch(pair[1]) is None)
         tokens = {self.token_bytes(id_): id_ for id_, _ in order if id_ not in special}
@@ -202,7 +202,7 @@ def _form(raw: Any, added: Sequence[Added], file: Path) -> _Form:
     start = "parts" if spaces["parts"] else "text" if spaces["text"] else None
     kinds = [step["type"] for step in decoding]
     if kinds == ["ByteLevel"]:
-        return _Form(bytes_of, start, False, (False, False))
+        return _Form(bytes_of, start, False, _cuts_of_words(raw, normalizers, added))
     others = [kind for kind in kinds if kind not in ("Replace", "ByteFallback", "Fuse", "Strip", "Metaspace")]
     if not kinds or others:
         named = ", ".join(others) or "none"
@@ -227,6 +227,15 @@ def _form(raw: Any, added: Sequence[Added], file: Path) -> _Form:
     return _Form(spell, start, takes_off and start is not None, _cuts(model, normalizers, splits, added, start))
 
 
+def _cuts_of_words(raw: Any, normalizers: Sequence[Any], added: Sequence[Added]) -> tuple[bool, bool]:
+    """Where a text may be cut: where it is split in any case."""
+    try:
+        streams = splitting(raw.get("pre_tokenizer")).streams and all(step["type"] == "NFC" for step in normalizers)
+    except InexactError:
+        streams = False
+    return cuts(added) if streams else (False, False)
+
+
 def _cuts(
     model: Any, normalizers: Sequence[Any], splits: Sequence[Any], added: Sequence[Added], start: str | None
 ) -> tuple[bool, bool]:
@@ -238,7 +247,7 @@ def _cuts(
     ) and all(step["type"] == "Metaspace" for step in splits)
     if not known or not (normalizers or splits):
         return False, False
-    blanks, lines = cuts(list(added))
+    blanks, lines = cuts(added)
     if start is not None:  # behind an added token another space is put
         blanks = blanks and not any(token.text[-1].isalnum() for token in added)
         lines = lines and not any("\n" in token.text for token in added)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from array import array
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -35,20 +35,22 @@ class RankedCoder:
         self._ranks = {id_: rank for rank, id_ in self._ids.items()} if self._ids else None
         self._unmerged = vocabulary.unmerged if vocabulary else {}
         self.special = {text: self._id(rank) for text, rank in encoding._special_tokens.items()}
-        self._added = list(vocabulary.added) if vocabulary else [Added(text, id_) for text, id_ in self.special.items()]
+        self.added: Sequence[Added] = [Added(text, id_) for text, id_ in self.special.items()]
+        if vocabulary:
+            self.added = vocabulary.added
         self._normalize = to_nfc if vocabulary and vocabulary.composes else None
         self._finders: dict[Set[str] | None, Finder] = {}
         self._plain = self._finder(frozenset())
         # The plain path is that of most texts: nothing to find, nothing to normalize.
         self._idle = self._plain.is_idle
         split = vocabulary.splitting if vocabulary else Splitting(encoding._pat_str, pattern_streams(encoding._pat_str))
-        self._cuts = cuts(self._added) if split.streams else (False, False)
+        self._cuts = cuts(self.added) if split.streams else (False, False)
 
     def _finder(self, allowed: Set[str] | None) -> Finder:
         """What finds the tokens matched in any text, and of the special ones those allowed, or all of them."""
         if allowed not in self._finders:
             self._finders[allowed] = Finder(
-                self._added,
+                self.added,
                 self._normalize,
                 lambda each: not each.special or allowed is None or each.text in allowed,
             )
@@ -143,14 +145,14 @@ class RankedCoder:
         ranks = self._encoding._mergeable_ranks
         tokens = ranks if self._ids is None else {data: self._ids[rank] for data, rank in ranks.items()}
         unmerged = {data: id_ for id_, data in self._unmerged.items() if data}
-        written = {each.text.encode(): each.id for each in self._added if not each.special}
+        written = {each.text.encode(): each.id for each in self.added if not each.special}
         return {**unmerged, **tokens, **written}
 
     def _id(self, rank: int) -> int:
         return rank if self._ids is None else self._ids[rank]
 
 
-def cuts(added: list[Added]) -> tuple[bool, bool]:
+def cuts(added: Sequence[Added]) -> tuple[bool, bool]:
     """Whether a text may be cut before a blank, and behind a line end, as far as its added tokens go.
 
     None may stretch over the place, nor take along white space from its other side.

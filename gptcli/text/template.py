@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gptcli.errors import CorruptError, UnsupportedError, UsageError
+from gptcli.text.folder import token_names
 from gptcli.text.tokenizer import Tokenizer
 
 ROLES = ("system", "user", "assistant")
@@ -86,6 +87,8 @@ class ChatTemplate:
                 messages=[{"role": message["role"], "content": message["content"]} for message in messages],
                 bos_token=self.bos_token,
                 eos_token=self.eos_token,
+                tools=None,
+                documents=None,
                 add_generation_prompt=add_generation_prompt,
             )
         except (CorruptError, UnsupportedError):
@@ -117,10 +120,7 @@ class ChatTemplate:
             pieces = None
         if pieces is None:
             pieces = [Piece(self._render(shielded, add_generation_prompt), False)]
-        ids: list[int] = []
-        for part in (part for piece in pieces for part in shield.parts(piece.text)):
-            ids += tokenizer.encode(part) if isinstance(part, str) else [part]
-        return ids
+        return tokenizer.encode_parts(part for piece in pieces for part in shield.parts(piece.text))
 
     def ends(self, tokenizer: Tokenizer) -> tuple[str, ...]:
         """What ends an answer, as text: the mark that the template writes behind one, or all up to the next message.
@@ -256,16 +256,20 @@ def check_messages(messages: object) -> None:
 def read_template(folder: Path) -> str | None:
     """The Jinja chat template of a model folder, or None.
 
-    ``chat_template.jinja`` counts before ``tokenizer_config.json``, as it does for transformers; of several named
-    templates the one named ``default`` is taken. Raises CorruptError when a file can't be read.
+    ``chat_template.jinja`` counts before ``tokenizer_config.json``, as it does for transformers, and this before
+    ``chat_template.json``; of several named templates the one named ``default`` is taken, or the only one. Raises
+    CorruptError when a file can't be read.
     """
     file = folder / "chat_template.jinja"
     if file.exists():
         return _read(file)
-    source = _read_tokenizer_config(folder).get("chat_template")
+    source = _read_config(folder, "tokenizer_config.json").get("chat_template")
+    if source is None:
+        source = _read_config(folder, "chat_template.json").get("chat_template")
     if isinstance(source, list):
-        named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
-        source = named.get("default")
+        source = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
+    if isinstance(source, dict):
+        source = next(iter(source.values())) if len(source) == 1 else source.get("default")
     if source is not None and not isinstance(source, str):
         raise CorruptError(f"{folder} has a chat_template that is not a text", "download the model again")
     return source
@@ -279,17 +283,16 @@ def open_template(
     Args:
         folder: the model's.
         tokenizer: the folder's.
-        start_id, end_id: the tokens that start and end a text; the names in tokenizer_config.json count before them.
+        start_id, end_id: the tokens that start and end a text; the names in tokenizer_config.json and
+            special_tokens_map.json count before them.
 
     Raises CorruptError when a file can't be read, UsageError when the plain template finds no token to end an answer.
     """
     names = {id_: text for text, id_ in tokenizer.special_tokens.items()}
-    config = _read_tokenizer_config(folder)
+    named = token_names(folder)
     marks = {}
     for key, id_ in (("bos_token", start_id), ("eos_token", end_id)):
-        value = config.get(key)
-        named = value.get("content") if isinstance(value, dict) else value
-        marks[key] = named if isinstance(named, str) else names.get(-1 if id_ is None else id_, "")
+        marks[key] = named[key] if key in named else names.get(-1 if id_ is None else id_, "")
     template = ChatTemplate(source or read_template(folder) or PLAIN, marks["bos_token"], marks["eos_token"])
     if template.source == PLAIN and template.eos_token not in tokenizer.special_tokens:
         raise UsageError(f"{folder.name} has no token that ends a text", "start from another model")
@@ -322,8 +325,8 @@ def tokenizer_config(template: ChatTemplate, model_max_length: int, files: Mappi
     return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _read_tokenizer_config(folder: Path) -> dict[str, Any]:
-    file = folder / "tokenizer_config.json"
+def _read_config(folder: Path, name: str) -> dict[str, Any]:
+    file = folder / name
     return _json_object(_read(file), str(file)) if file.exists() else {}
 
 
@@ -356,7 +359,7 @@ def _compiled(source: str) -> _Compiled:
     try:
         from jinja2 import TemplateError
     except ImportError:
-        raise UnsupportedError("the model's chat template is one for Jinja", "pip install jinja2") from None
+        raise UnsupportedError("the model's chat template is one for Jinja", "pip install 'gptcli[families]'") from None
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 

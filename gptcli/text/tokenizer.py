@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from gptcli.errors import CorruptError, NotFoundError, UnsupportedError
+from gptcli.text.added import SPACES, Added
 from gptcli.text.bulk import in_order
 from gptcli.text.folder import named_tokens, start_of
 from gptcli.text.patterns import InexactError
@@ -49,12 +50,14 @@ class Coder(Protocol):
         start_space: where encoding puts a space that the text has not: ``text``, before a text; ``parts``, also behind
             every added token; None nowhere.
         takes_space_off: whether decoding a text takes that space off again.
+        added: the added tokens.
     """
 
     kind: str
     special: dict[str, int]
     start_space: str | None
     takes_space_off: bool
+    added: Sequence[Added]
 
     @property
     def vocab_size(self) -> int: ...
@@ -177,11 +180,27 @@ class Tokenizer:
 
     def encode_parts(self, parts: Iterable[str | int]) -> list[int]:
         """The ids of a text that is given in parts: texts, each encoded apart, and ids of special tokens."""
-        parts = list(parts)
+        parts = self.trimmed(parts)
         ids: list[int] = []
         for part, follows in zip(parts, self.following(parts), strict=True):
             ids += self.encode(part, follows=follows) if isinstance(part, str) else [part]
         return ids
+
+    def trimmed(self, parts: Iterable[str | int]) -> list[str | int]:
+        """The parts of a text without the white space that the special tokens among them take along."""
+        flagged = {each.id: each for each in self._coder.added if each.lstrip or each.rstrip}
+        parts = list(parts)
+        for places in (range(len(parts)), range(len(parts) - 1, -1, -1)) if flagged else ():
+            behind, taking = places.step > 0, False
+            for place in places:
+                part = parts[place]
+                if not isinstance(part, str):
+                    token = flagged.get(part)
+                    taking = token is not None and (token.rstrip if behind else token.lstrip)
+                elif taking:
+                    parts[place] = part = part.lstrip(SPACES) if behind else part.rstrip(SPACES)
+                    taking = not part
+        return parts
 
     def following(self, parts: Sequence[str | int]) -> list[bool]:
         """Of the parts of a text, which go on with one before, so that no space is to be put before them."""

@@ -12,12 +12,12 @@ def single_token(tokenizer: Tokenizer, word: str, *, special: bool = False) -> i
 
     Raises UsageError for a word of several tokens; the hint offers the forms of it that are one.
     """
-    ids = tokenizer.encode(word, special=special)
+    ids = tokenizer.encode(word, special=special, follows=True)
     if len(ids) == 1:
         return ids[0]
     if not ids:
         raise UsageError("an empty word has no row in the table", "give a word")
-    pieces = " + ".join(quote(tokenizer.decode([id_])) for id_ in ids[:6]) + (" + ..." if len(ids) > 6 else "")
+    pieces = " + ".join(quote(tokenizer.token_text(id_)) for id_ in ids[:6]) + (" + ..." if len(ids) > 6 else "")
     found = forms(tokenizer, word)
     if word.endswith("\n") and word.count("\n") == 1 and not found:
         hint = "the line end belongs to it: --lines takes each line as a word, --strip takes it off"
@@ -35,7 +35,7 @@ def forms(tokenizer: Tokenizer, word: str) -> list[str]:
     bare = word.strip()
     ways = dict.fromkeys([bare, bare.lower(), bare[:1].upper() + bare[1:].lower(), bare.upper()])
     tries = [space + way for way in ways if way for space in (" ", "")]
-    return [form for form in tries if form != word and len(tokenizer.encode(form)) == 1]
+    return [form for form in tries if form != word and len(tokenizer.encode(form, follows=True)) == 1]
 
 
 def _short(word: str) -> str:

@@ -191,8 +191,14 @@ class _Encoder:
         cut = [
             [(part, piece.answer) for piece in pieces for part in self._shield.parts(piece.text)] for pieces in lessons
         ]
-        texts = [part for parts in cut for part, _ in parts if isinstance(part, str)]
-        encoded = iter(self._tokenizer.encode_batch(texts))
+        texts, follows = [], []
+        for parts in cut:
+            trimmed = self._tokenizer.trimmed(part for part, _ in parts)
+            for part, goes_on in zip(trimmed, self._tokenizer.following(trimmed), strict=True):
+                if isinstance(part, str):
+                    texts.append(part)
+                    follows.append(goes_on)
+        encoded = iter(self._tokenizer.encode_batch(texts, follows=follows))
         examples = iter([self._example(parts, encoded) for parts in cut])
         for place, row in group:
             own = [next(examples) for _ in row]

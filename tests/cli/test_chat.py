@@ -453,7 +453,7 @@ def test_a_template_without_jinja_says_what_to_do(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(UnsupportedError) as error:
         ChatTemplate(JINJA + "{# new #}").render([{"role": "user", "content": "a"}])
-    assert error.value.hint == "pip install jinja2"
+    assert error.value.hint == "pip install 'gptcli[families]'"
 
 
 def test_the_shipped_model_continues_a_transcript(run: Run) -> None:
