@@ -18,6 +18,7 @@ from gptcli.cli.opening import find
 from gptcli.cli.out import Output, harmless
 from gptcli.cli.units import byte_text
 from gptcli.errors import UsageError
+from gptcli.spec.match import match_folder, stored_dtype
 
 if TYPE_CHECKING:
     from gptcli.core.model import Transformer
@@ -82,7 +83,7 @@ def export(
     start = time.perf_counter()
     weights = open_weights(found.folder)
     if kind == "auto":
-        kind = str(next(weights.parameters()).dtype).removeprefix("torch.")
+        kind = stored_dtype(match_folder(found.folder, weights.config))
     told = (_write_folder if to == "hf" else _write_gguf)(out, found, weights, path, kind)
     files = sorted(path.iterdir()) if to == "hf" else [path]
     sizes = {file.name: file.stat().st_size for file in files if file.is_file()}

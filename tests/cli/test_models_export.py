@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.cli.conftest import Run
 
@@ -71,6 +71,19 @@ def test_a_folder_in_another_type(run: Run, model: Path, tmp_path: Path) -> None
     assert again.json["dtype"] == "float16"
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("half", "again")]
     assert weights[0] == weights[1]
+
+
+def test_of_several_types_none_is_rounded_on_the_way(run: Run, model: Path, tmp_path: Path) -> None:
+    """Norms in float32 beside matrices in bfloat16, as some programs save them."""
+    weights = load_file(model / "model.safetensors")
+    mixed = {name: tensor.bfloat16() if tensor.dim() > 1 else tensor + 1e-4 for name, tensor in weights.items()}
+    save_file(mixed, model / "model.safetensors", metadata={"format": "pt"})
+    done = run("models", "export", model, "--to", "gguf", "-o", tmp_path / "a.gguf", "--json")
+    assert done.json["dtype"] == "bf16"  # that of most
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "a.gguf").tensors}
+    norm = torch.from_numpy(tensors["output_norm.weight"].data.copy())
+    assert torch.equal(norm, mixed["transformer.ln_f.weight"])
+    assert tensors["token_embd.weight"].tensor_type.name == "BF16"
 
 
 def test_what_a_bare_folder_lacks_is_written_or_told(run: Run, tiny_folder: Path, tmp_path: Path) -> None:

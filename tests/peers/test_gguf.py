@@ -6,6 +6,8 @@ GELU up in half precision), those of the others by up to 2e-5.
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +24,7 @@ from gptcli.core.model import Transformer
 from gptcli.errors import UnsupportedError
 from gptcli.spec.config import ModelConfig, RopeScaling
 from gptcli.text.gguf_words import read_gguf_words
+from gptcli.text.template import PLAIN
 from gptcli.text.tokenizer import Tokenizer
 from tests.conftest import ROOT
 from tests.core.gguf_models import FAMILIES, GPT2, LLAMA, random_weights
@@ -93,6 +96,42 @@ def test_fable_writes_the_same_greedy_text(fable: Any) -> None:
         with torch.inference_mode():
             wanted = model.transformer(torch.tensor([ids + ours]))[0]
         assert (peer_logits(fable, ids + ours) - wanted).abs().max() < 0.02
+
+
+# How far logits may be off in each type; they spread by 3.
+BOUNDS = {"f32": 0.01, "f16": 0.02, "bf16": 0.15, "q8_0": 0.6}
+
+
+@pytest.mark.parametrize("kind", BOUNDS)
+def test_every_type_is_the_model(tmp_path: Path, kind: str) -> None:
+    model = open_model(FABLE, Tokenizer.from_folder(FABLE), device="cpu", dtype="float32")
+    file = tmp_path / "a.gguf"
+    assert main(["models", "export", str(FABLE), "--to", "gguf", "-o", str(file), "--dtype", kind, "-q"]) == 0
+    ids = model.tokenizer.encode("Once upon a time there was a king who had a daughter, and one day she said")
+    with torch.inference_mode():
+        wanted = model.transformer(torch.tensor([ids]))[0]
+    off = (peer_logits(opened(file), ids) - wanted).abs().max().item()
+    assert off < BOUNDS[kind]
+
+
+def test_a_chat_is_the_same_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With the template that fine-tuning writes."""
+    folder = tmp_path / "talker"
+    shutil.copytree(FABLE, folder)
+    (folder / "chat_template.jinja").write_text(PLAIN)
+    file = str(tmp_path / "a.gguf")
+    assert main(["models", "export", str(folder), "--to", "gguf", "-o", file, "--dtype", "f32", "-q"]) == 0
+    capsys.readouterr()
+    command = ["chat", "Tell me of the king!", "-s", "Be brief.", "-m", str(folder), "-t", "0", "-n", "30", "--json"]
+    assert main([*command, "--dtype", "float32", "--repetition-penalty", "1"]) == 0
+    ours = json.loads(capsys.readouterr().out)
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Tell me of the king!"}]
+    peer = opened(Path(file), logits_all=False)
+    theirs = peer.create_chat_completion(messages, temperature=0, max_tokens=30, repeat_penalty=1)
+    answer = theirs["choices"][0]["message"]["content"]
+    print(ours, theirs)
+    assert theirs["usage"]["prompt_tokens"] == ours["usage"]["prompt_tokens"]
+    assert answer.strip() == ours["text"].strip() != ""
 
 
 LINEAR = RopeScaling("linear", 4.0, 16)
