@@ -260,9 +260,18 @@ def _train_toml(asked: Asked, plan: Plan, size: ModelConfig) -> str:
         if name in ("dtype", "save_dtype"):
             value = str(getattr(plan, name)).removeprefix("torch.")
         if value is not None and name != "gpus":
-            # TOML's strings are JSON's, but for surrogates and DEL.
-            lines.append(f"{name} = {json.dumps(value, ensure_ascii=False)}".replace("\x7f", "\\u007f"))
+            lines.append(f"{name} = {_toml(value)}")
     return "\n".join(lines) + "\n"
+
+
+def _toml(value: Any) -> str:
+    """A value as TOML writes it, which knows no null: what is none in a table is left out, in a list it is 0."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {_toml(item)}" for key, item in value.items() if item is not None) + "}"
+    if isinstance(value, list):
+        return f"[{', '.join(_toml(0 if item is None else item) for item in value)}]"
+    # TOML's strings are JSON's, but for surrogates and DEL.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _compare(begun: Mapping[str, Any], told: Mapping[str, Any]) -> None:

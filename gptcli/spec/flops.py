@@ -1,8 +1,9 @@
 """Floating-point operations on paper: a token forward, a token of training, a prompt.
 
 Counted are the matrices that multiply (two operations a weight: times, plus) and attention (two for a score, two for a
-weighted value). Not counted are norms, softmax, activations, biases, residual sums, tables that are only looked up, and
-the optimizer: together well below a hundredth in any but a toy.
+weighted value) to the tokens that a layer's window, if it has one, lets see. Not counted are norms, softmax,
+activations, biases, residual sums, tables that are only looked up, and the optimizer: together well below a hundredth
+in any but a toy.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ class Flops:
         block_parameters: in the matrices of the blocks.
         unembedding_parameters: ``V C``, tied or not.
         attention_per_pair: ``4 L H D``, of one token that looks at one token.
+        layers: L.
+        windows: of layers whose tokens see only so many back, themselves the last.
     """
 
     context: int
@@ -29,6 +32,8 @@ class Flops:
     block_parameters: int
     unembedding_parameters: int
     attention_per_pair: int
+    layers: int
+    windows: tuple[int, ...] = ()
 
     @property
     def multiplied_parameters(self) -> int:
@@ -41,18 +46,28 @@ class Flops:
         return 2 * self.multiplied_parameters
 
     def attention(self, seen: float) -> float:
-        """Forward, one token that looks at ``seen`` tokens, itself among them."""
-        return self.attention_per_pair * seen
+        """Forward, one token with ``seen`` tokens to look at, itself among them."""
+        return self._attention([min(seen, window) for window in self.windows], seen)
+
+    @property
+    def attention_causal(self) -> float:
+        """Forward, one token on average, where the t-th of a context has t tokens to look at."""
+        return self._attention([_mean(self.context, window) for window in self.windows], (self.context + 1) / 2)
+
+    def _attention(self, within: list[float], without: float) -> float:
+        """Of what a token looks at in each layer with a window, and in every one without."""
+        pairs = (self.layers - len(within)) * without + sum(within)
+        return self.attention_per_pair // self.layers * pairs
 
     @property
     def forward(self) -> float:
-        """One token that looks at the whole context: also what decoding costs at the end of it."""
+        """One token that has the whole context to look at: also what decoding costs at the end of it."""
         return self.matrices + self.attention(self.context)
 
     @property
     def forward_causal(self) -> float:
-        """One token on average, where the t-th of a context looks at t tokens."""
-        return self.matrices + self.attention((self.context + 1) / 2)
+        """One token on average, where the t-th of a context has t tokens to look at."""
+        return self.matrices + self.attention_causal
 
     @property
     def prefill(self) -> float:
@@ -62,7 +77,13 @@ class Flops:
     @property
     def prefill_attention(self) -> float:
         """Attention's part in ``prefill``."""
-        return self.context * self.attention((self.context + 1) / 2)
+        return self.context * self.attention_causal
+
+
+def _mean(context: int, window: int) -> float:
+    """Of min(t, window) over the tokens t = 1 ... context."""
+    near = min(context, window)
+    return (near * (near + 1) / 2 + (context - near) * near) / context
 
 
 def count_flops(config: ModelConfig, context: int | None = None) -> Flops:
@@ -74,6 +95,8 @@ def count_flops(config: ModelConfig, context: int | None = None) -> Flops:
         block_parameters=sum(count * tensor.parameters for tensor, count in tensors if tensor.is_block_matrix),
         unembedding_parameters=config.vocab_size * config.width,
         attention_per_pair=4 * config.layers * config.heads * config.head_dim,
+        layers=config.layers,
+        windows=tuple(window for window in config.windows[: config.layers] if window is not None),
     )
 
 

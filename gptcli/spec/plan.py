@@ -207,7 +207,8 @@ def saved_bytes(config: ModelConfig, tokens: int, dtype: Dtype, *, checkpoint: b
 
     A layer, per token: both norms' inputs (the stream, float32) and statistics; each matrix's input; query, key, value
     and what attention gathered (which is the output matrix's input), with a float32 logsumexp a head; the MLP before
-    and after its activation (a ReLU keeps only the latter, a gate adds its own). In bfloat16 the stream stays float32,
+    and after its activation (a ReLU keeps only the latter, a gate adds its own); norms of query and key keep their
+    inputs too. In bfloat16 the stream stays float32,
     the rest halves, but autocast casts a matrix's input anew for each matrix that shares it. With checkpointing: the
     stream into each layer, and one layer in full. Copies of weights are not counted.
     """
@@ -223,6 +224,9 @@ def _layer_bytes(config: ModelConfig, dtype: Dtype) -> int:
     each, width, wide = _size(dtype), config.width, config.mlp_width
     casts = dtype != "float32"
     norms = 2 * (_FLOAT32 * width + _norm_bytes(config))
+    if config.qk_norm != "none":  # what goes in, and (unless fused) the normed vector; with a root each
+        heads = config.heads + config.kv_heads
+        norms += heads * ((each + _FLOAT32) * config.head_dim + _FLOAT32)
     attention_in = width * (3 if casts else 1)
     attention = (2 * config.heads + 2 * config.kv_heads) * config.head_dim
     mlp_in = width * (2 if casts and config.gated else 1)

@@ -77,5 +77,6 @@ def test_layers_sum_to_the_total() -> None:
                 assert layer.parameters == sum(tensor.parameters for tensor in mine)
                 assert layer.parameters == layer.attention + layer.mlp + layer.norms + layer.biases
                 assert layer.biases == sum(tensor.parameters for tensor in mine if tensor.category == "Biases")
-        assert [layer.name for layer in layers if layer.tied] == ["Unembedding"]
+        assert [layer.name for layer in layers if layer.tied] == ["Unembedding"] * config.tied
+        assert layers[-1].name == "Unembedding"
         assert ("Final norm" in [layer.name for layer in layers]) == config.norm_first

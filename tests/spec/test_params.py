@@ -61,12 +61,40 @@ STORED = {
     "gpt2-medium": 354_823_168,
     "gpt2-large": 774_030_080,
     "gpt2-xl": 1_557_611_200,
+    # As their makers, or the Hub from the files' headers, give them.
+    "pythia-160m": 162_322_944,
+    "pythia-1.4b": 1_414_647_808,
+    "pythia-6.9b": 6_857_302_016,
+    "opt-125m": 125_239_296,
+    "opt-1.3b": 1_315_758_080,
+    "tinyllama-1.1b": 1_100_048_384,
+    "llama-2-7b": 6_738_415_616,
+    "llama-2-13b": 13_015_864_320,
+    "llama-2-70b": 68_976_648_192,
+    "llama-3-8b": 8_030_261_248,
+    "llama-3.2-1b": 1_235_814_400,
+    "llama-3.2-3b": 3_212_749_824,
+    "llama-3.1-70b": 70_553_706_496,
+    "llama-3.1-405b": 405_853_388_800,
+    "mistral-7b": 7_241_732_096,
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-8b": 8_190_735_360,
+    "smollm2-135m": 134_515_008,
+    "smollm2-1.7b": 1_711_376_384,
+    "olmo-2-7b": 7_298_617_344,
+    "phi-3-mini": 3_821_079_552,
 }
 
 
 @pytest.mark.parametrize(("name", "stored"), STORED.items())
 def test_published_sizes(name: str, stored: int) -> None:
     assert _count(name).total_stored == stored
+
+
+def test_every_preset_has_a_published_size() -> None:
+    assert STORED.keys() | PAPER.keys() == set(PRESETS)
 
 
 # Brown et al. 2020, table 2.1: the size in the name, within the rounding of the paper, and what the paper says of it.
@@ -106,10 +134,10 @@ def test_tensors_sum_to_what_is_stored(name: str) -> None:
 def test_tied_totals(name: str) -> None:
     """The unembedding is shown once more: in ``total``, and not in what is stored."""
     report = _count(name)
-    tied = [row for row in report.categories if row.tied]
-    assert [row.name for row in tied] == ["Unembedding"]
     config = report.config
-    assert report.total - report.total_stored == config.vocab_size * config.width
+    tied = [row for row in report.categories if row.tied]
+    assert [row.name for row in tied] == ["Unembedding"] * config.tied
+    assert report.total - report.total_stored == config.vocab_size * config.width * config.tied
     assert report.total == report.matrix_parameters + sum(count for _, count in report.other)
     untied = count_params(replace(config, tied=False))
     assert untied.total == untied.total_stored == report.total

@@ -253,8 +253,7 @@ def write_olmo2(config: ModelConfig) -> dict[str, Any]:
 
 def write_phi3(config: ModelConfig) -> dict[str, Any]:
     """The keys of a Phi-3."""
-    # The padding is stated, for its class would take an id beyond a small vocabulary.
-    return {**_write(config, "Phi3ForCausalLM"), "sliding_window": _window(config), "pad_token_id": None}
+    return {**_write(config, "Phi3ForCausalLM"), "sliding_window": _window(config)}
 
 
 def _write(config: ModelConfig, architecture: str) -> dict[str, Any]:
@@ -273,6 +272,8 @@ def _write(config: ModelConfig, architecture: str) -> dict[str, Any]:
         "tie_word_embeddings": config.tied,
         **write_rope(config),
         **write_common(config, null=True),
+        # Stated, for some classes would take an id beyond a small vocabulary.
+        "pad_token_id": None,
     }
 
 
