@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass, field
-from functools import reduce
 from pathlib import Path
 
 import torch
@@ -18,7 +17,6 @@ from gptcli.core.quantize import check_quantize, quantize_
 from gptcli.core.stepping import Stepping
 from gptcli.errors import UnsupportedError
 from gptcli.spec.config import ModelConfig, read_config
-from gptcli.spec.index import DTYPE_NAMES
 from gptcli.spec.match import match_folder, stored_dtype
 from gptcli.text.tokenizer import Tokenizer
 
@@ -89,26 +87,26 @@ def open_model(
     kind = runtime.pick_dtype(dtype, stored_dtype(matched), target)
     with torch.device("meta"):
         transformer = new_transformer(config)
-    load_weights(transformer, matched, device=target, dtype=kind)
+    # On a CPU what is going to be quantized stays in the mapped file until its turn comes.
+    first = None if quantize != "none" and target.type == "cpu" else kind
+    load_weights(transformer, matched, device=target, dtype=first)
     transformer.eval().requires_grad_(False)
     if quantize != "none":
-        quantize_(transformer, quantize)
+        quantize_(transformer, quantize, kind)
     seconds = time.perf_counter() - start
     return Model(name or folder.name, config, transformer, tokenizer, target, kind, seconds, quantize, native, compile)
 
 
 def open_weights(folder: Path) -> Transformer:
-    """A folder's weights on the CPU, for what reads them without computing: mapped from the files, in their own type.
+    """A folder's weights on the CPU, for what reads them without computing: mapped from the files, in their own types.
 
-    Where the types are several, it is one that holds them all. Raises NotFoundError, CorruptError, UnsupportedError.
+    Raises NotFoundError, CorruptError, UnsupportedError.
     """
     config = read_config(folder)
     matched = match_folder(folder, config)
-    kinds = {runtime.DTYPES[DTYPE_NAMES[info.dtype]] for _, info in matched.values()}
     with torch.device("meta"):
         transformer = new_transformer(config)
-    dtype = reduce(torch.promote_types, kinds)
-    load_weights(transformer, matched, device=torch.device("cpu"), dtype=dtype)
+    load_weights(transformer, matched, device=torch.device("cpu"), dtype=None)
     return transformer.eval().requires_grad_(False)
 
 
