@@ -200,6 +200,14 @@ def test_prepare_fields(gptcli: Gptcli, tiny_folder: Path, built: Path) -> None:
     assert set(re.findall(r"`([a-z_]+)`", told)) == set(prepared)
 
 
+def test_export_fields(gptcli: Gptcli, tiny_folder: Path, tmp_path: Path) -> None:
+    done = gptcli("models", "export", str(tiny_folder), "--to", "hf", "-o", str(tmp_path / "out"), "--json")
+    (exported,) = objects(done.stdout)
+    told = REFERENCE.split("\n`export`: ")[1].split("\n\n")[0]
+    values = {"hf", "gguf", "name"}
+    assert set(re.findall(r"`([a-z_]+)`", told)) - values == set(exported)
+
+
 def test_bench_fields(gptcli: Gptcli, tiny_folder: Path) -> None:
     done = gptcli("bench", "-m", str(tiny_folder), "--json", "--rounds", "1", "--tokens", "4", "--threads", "1")
     told = json.loads(done.stdout)

@@ -49,6 +49,7 @@ COMMANDS: dict[str, Entry] = {
             "prepare": Entry(
                 "Build once what makes a model fast on this machine.", "gptcli.cli.models_prepare:prepare"
             ),
+            "export": Entry("Write a model for other programs.", "gptcli.cli.models_export:export"),
         },
     ),
     "bench": Entry("Measure this machine with a model.", "gptcli.cli.bench:bench"),

@@ -97,6 +97,19 @@ def open_model(
     return Model(name or folder.name, config, transformer, tokenizer, target, kind, seconds, quantize, native, compile)
 
 
+def open_weights(folder: Path) -> Transformer:
+    """A folder's weights on the CPU, for what reads them without computing: mapped from the files, in their own types.
+
+    Raises NotFoundError, CorruptError, UnsupportedError.
+    """
+    config = read_config(folder)
+    matched = match_folder(folder, config)
+    with torch.device("meta"):
+        transformer = new_transformer(config)
+    load_weights(transformer, matched, device=torch.device("cpu"), dtype=None)
+    return transformer.eval().requires_grad_(False)
+
+
 def new_transformer(config: ModelConfig) -> Transformer:
     """The modules of a configuration, not yet filled. Raises UnsupportedError for a model that is for paper only."""
     if not config.norm_first:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -106,25 +108,28 @@ def save_folder(
 
 
 def _write_weights(model: Transformer, folder: Path, dtype: torch.dtype, shard_bytes: int) -> None:
-    shards: list[dict[str, Tensor]] = [{}]
-    size = 0
-    for name, tensor in disk_tensors(model, dtype):
-        if shards[-1] and size + tensor.nbytes > shard_bytes:
-            shards.append({})
+    """One file, or shards with their index; no more than a shard is in memory at a time."""
+    shards: list[list[str]] = [[]]
+    size = total = 0
+    for name, entry in disk_layout(model.config).items():
+        nbytes = math.prod(entry.shape) * dtype.itemsize
+        if shards[-1] and size + nbytes > shard_bytes:
+            shards.append([])
             size = 0
-        shards[-1][name] = tensor
-        size += tensor.nbytes
-    if len(shards) == 1:
-        save_file(shards[0], folder / FILE_NAME, metadata={"format": "pt"})
-        return
+        shards[-1].append(written_name(model.config, name))
+        size += nbytes
+        total += nbytes
+    tensors = disk_tensors(model, dtype)
     weight_map = {}
-    for i, shard in enumerate(shards, 1):
-        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+    for i, names in enumerate(shards, 1):
+        file = FILE_NAME if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        shard = dict(islice(tensors, len(names)))
+        assert list(shard) == names
         save_file(shard, folder / file, metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(shard, file))
-    total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+        weight_map.update(dict.fromkeys(names, file))
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
 
 
 @contextlib.contextmanager

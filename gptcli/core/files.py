@@ -77,6 +77,28 @@ def _write_in_place(file: Path, data: bytes | memoryview) -> None:
 
 
 @contextlib.contextmanager
+def written_file(file: Path) -> Iterator[Path]:
+    """A temporary file beside ``file``; on leaving, it is synced and renamed to it: for what is too large for memory.
+
+    A failure leaves what stood there as it was, and is raised as OutputError.
+    """
+    temporary = None
+    with output_errors(file):
+        target = file.resolve()
+        try:
+            handle, name = tempfile.mkstemp(prefix=".writing-", suffix=target.suffix, dir=target.parent)
+            os.close(handle)
+            temporary = Path(name)
+            yield temporary
+            temporary.chmod(0o666 & ~umask())  # a temporary file is its owner's alone
+            sync(temporary)
+            os.replace(temporary, target)
+        finally:
+            if temporary is not None:
+                temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
 def output_errors(path: Path) -> Iterator[None]:
     """Within, what can't be written is an OutputError that says why and what to do."""
     try:

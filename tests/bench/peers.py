@@ -6,8 +6,8 @@
     python tests/bench/peers.py --short                             # does everything once, proves that it works
 
 A model of random weights in the shape of a preset, or a GPT-2 folder, is written as a Hugging Face folder; from it come
-CTranslate2's model (by its own converter) and a GGUF (the tensors named as llama.cpp names them, then quantized by
-llama.cpp itself: q4_0 holds its unembedding in q6_K, as its files do). Tokens are numbers to all of them: the
+CTranslate2's model (by its own converter) and a GGUF (as `models export` writes it, then quantized by llama.cpp itself:
+q4_0 holds its unembedding in q6_K, as its files do). Tokens are numbers to all of them: the
 vocabulary is made up.
 
 Measured are, for one row on ``--threads`` CPU threads: greedy decoding behind a prompt of 32 tokens and behind one of
@@ -324,50 +324,14 @@ def write_ctranslate2(files: Files) -> None:
     TransformersConverter(str(files.folder)).convert(str(files.ctranslate2), force=True)
 
 
-# llama.cpp's names of GPT-2's tensors; True: it keeps the matrix as [out, in], transposed.
-GGUF_NAMES = {
-    "ln_1": ("attn_norm", False),
-    "attn.c_attn": ("attn_qkv", True),
-    "attn.c_proj": ("attn_output", True),
-    "ln_2": ("ffn_norm", False),
-    "mlp.c_fc": ("ffn_up", True),
-    "mlp.c_proj": ("ffn_down", True),
-}
-
-
 def write_gguf(files: Files, kinds: Sequence[str]) -> None:
     """The folder as GGUF in float32, and what llama.cpp makes of that in other types."""
-    import gguf
     import llama_cpp
-    from safetensors.numpy import load_file
 
-    config = read_config(files)
-    tensors = {
-        name.removeprefix("transformer."): t for name, t in load_file(files.folder / "model.safetensors").items()
-    }
-    writer = gguf.GGUFWriter(files.gguf("f32"), "gpt2")
-    writer.add_context_length(config["n_positions"])
-    writer.add_embedding_length(config["n_embd"])
-    writer.add_feed_forward_length(config.get("n_inner") or 4 * config["n_embd"])
-    writer.add_block_count(config["n_layer"])
-    writer.add_head_count(config["n_head"])
-    writer.add_layer_norm_eps(config["layer_norm_epsilon"])
-    writer.add_vocab_size(config["vocab_size"])
-    writer.add_tokenizer_model("no_vocab")
-    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
-    named = {"token_embd.weight": tensors["wte.weight"], "position_embd.weight": tensors["wpe.weight"]}
-    for kind in ("weight", "bias"):
-        named[f"output_norm.{kind}"] = tensors[f"ln_f.{kind}"]
-        for layer in range(config["n_layer"]):
-            for theirs, (ours, transpose) in GGUF_NAMES.items():
-                tensor = tensors[f"h.{layer}.{theirs}.{kind}"]
-                named[f"blk.{layer}.{ours}.{kind}"] = tensor.T if transpose and kind == "weight" else tensor
-    for name, tensor in named.items():
-        writer.add_tensor(name, tensor.copy(order="C"))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    from gptcli.core import gguf
+    from gptcli.core.build import open_weights
+
+    gguf.write_gguf(open_weights(files.folder), files.gguf("f32"), kind="f32", name="random")
     silence(llama_cpp)
     types = {
         "bf16": llama_cpp.LLAMA_FTYPE_MOSTLY_BF16,

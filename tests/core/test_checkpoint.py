@@ -7,7 +7,7 @@ import os
 import stat
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -273,6 +273,27 @@ def test_no_length_of_a_header_is_taken_for_another_format(folder: Path, length:
     header = data[8:end].rstrip().ljust(length)
     (folder / FILE_NAME).write_bytes(length.to_bytes(8, "little") + header + data[end:])
     assert_same(load(folder), new_model())
+
+
+def test_no_more_than_a_shard_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    written: list[str] = []
+
+    def counted(model: Transformer, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in real_tensors(model, dtype):
+            made.append(name)
+            yield name, tensor
+
+    def saved(shard: dict[str, Tensor], file: Path, **more: Any) -> None:
+        written.extend(shard)
+        assert written == made
+        save_file(shard, file, **more)
+
+    real_tensors = checkpoint.disk_tensors
+    monkeypatch.setattr(checkpoint, "disk_tensors", counted)
+    monkeypatch.setattr(checkpoint, "save_file", saved)
+    save_folder(new_model(), tmp_path / "many", dtype=torch.float32, shard_bytes=12_000)
+    assert_same(load(tmp_path / "many"), new_model())
 
 
 def test_a_shard_that_is_not_there(folder: Path) -> None:

@@ -242,6 +242,7 @@ def write_smollm3(config: ModelConfig) -> dict[str, Any]:
         "attention_bias": config.qkv_bias,
         "mlp_bias": config.mlp_bias,
         "no_rope_layers": [int(layer not in config.unrotated) for layer in range(config.layers)],
+        "pad_token_id": None,  # transformers' own is beyond a small vocabulary
     }
 
 
