@@ -28,8 +28,8 @@ def read_config(path: Path) -> ModelConfig:
     """The configuration in ``path``, a ``config.json`` or a folder that holds one.
 
     In a folder, the ends of a text that ``generation_config.json`` names count before its own, as in ``transformers``:
-    some models that chat name theirs only there. Raises NotFoundError without a file, CorruptError when it can't be read, UnsupportedError when it asks
-    for something that changes the forward pass and is not here.
+    some models that chat name theirs only there. Raises NotFoundError without a file, CorruptError when it can't be
+    read, UnsupportedError when it asks for something that changes the forward pass and is not here.
     """
     if not path.is_dir():
         return from_hf(_read(path), str(path))
