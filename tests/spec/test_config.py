@@ -355,3 +355,26 @@ def test_any_value_under_any_key_is_read_or_refused(family: dict[str, Any], chan
         return
     assert all(type(id_) is int for id_ in config.eos_ids)
     assert from_hf(json.loads(json.dumps(to_hf(config)))) == config
+
+
+@pytest.mark.parametrize(
+    ("named", "ends"),
+    [({"eos_token_id": 7}, (7,)), ({"eos_token_id": [7, 9]}, (7, 9)), ({"eos_token_id": None}, (3,)), ({}, (3,))],
+)
+def test_end_tokens_of_generation_config(named: dict[str, Any], ends: tuple[int, ...], tmp_path: Path) -> None:
+    """Of some models that talk only this file names the token that ends an answer."""
+    (tmp_path / "config.json").write_text(json.dumps({**GPT2, "eos_token_id": 3}))
+    assert read_config(tmp_path).eos_ids == (3,)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"do_sample": True, **named}))
+    assert read_config(tmp_path).eos_ids == ends
+    assert read_config(tmp_path / "config.json").eos_ids == (3,)
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"eos_token_id": "x"}', '{"eos_token_id": [1.5]}', '{"eos_token_id": -1}']
+)
+def test_broken_generation_config(content: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(GPT2))
+    (tmp_path / "generation_config.json").write_text(content)
+    with pytest.raises(CorruptError, match="generation_config"):
+        read_config(tmp_path)
