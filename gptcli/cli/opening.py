@@ -29,7 +29,10 @@ def open_tokenizer(found: Found, out: Output) -> Tokenizer:
     from gptcli.text.tokenizer import Tokenizer
 
     try:
-        return Tokenizer.from_folder(found.folder)
+        tokenizer = Tokenizer.from_folder(found.folder)
+        if tokenizer.reason:
+            out.detail(f"{found.name}'s tokenizer works through the {tokenizer.kind} library: {tokenizer.reason}")
+        return tokenizer
     except NotFoundError as missing:
         if not _speaks_gpt2(found.folder):
             raise

@@ -25,7 +25,13 @@ _HELD_OUT = 0.01
 # What the cache of tokens holds at most; the texts used least recently go first.
 _CACHE_BYTES = 20_000_000_000
 _FILES = ("tokenizer.json", "vocab.json", "merges.txt")
-_ALONG = ("tokenizer_config.json", "chat_template.jinja")
+_ALONG = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 
 
 def tokenizer_files(said: Output, asked: Asked, out: Path, begun: str | None) -> dict[str, bytes]:

@@ -30,7 +30,16 @@ from gptcli.spec.index import FILE_NAME, INDEX_NAME
 from gptcli.spec.match import DiskTensor, Matched, disk_layout, written_name
 
 SHARD_BYTES = 5_000_000_000
-_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "chat_template.jinja")
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 
 
 def load_weights(model: Transformer, matched: Matched, *, device: torch.device, dtype: torch.dtype | None) -> None:

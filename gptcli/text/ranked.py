@@ -26,6 +26,7 @@ class RankedCoder:
     """Text to ids and ids to bytes by a tiktoken encoding; see ``tokenizer.Coder``."""
 
     kind: str = "tiktoken"
+    reason: str = ""
     start_space: str | None = None
     takes_space_off: bool = False
 

@@ -46,6 +46,7 @@ class Coder(Protocol):
 
     Attributes:
         kind: ``tiktoken`` or ``tokenizers``, whichever does the work.
+        reason: why it is not tiktoken; empty where it is.
         special: the added tokens' texts and ids.
         start_space: where encoding puts a space that the text has not: ``text``, before a text; ``parts``, also behind
             every added token; None nowhere.
@@ -54,6 +55,7 @@ class Coder(Protocol):
     """
 
     kind: str
+    reason: str
     special: dict[str, int]
     start_space: str | None
     takes_space_off: bool
@@ -159,6 +161,11 @@ class Tokenizer:
     def kind(self) -> str:
         """What does the work: ``tiktoken`` or ``tokenizers``."""
         return self._coder.kind
+
+    @property
+    def reason(self) -> str:
+        """Why it is not tiktoken that does the work; empty where it is."""
+        return self._coder.reason
 
     @property
     def vocab_size(self) -> int:

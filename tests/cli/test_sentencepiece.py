@@ -59,6 +59,11 @@ def test_tokenize_there_and_back(run: Run, folder: Path, ours: Tokenizer) -> Non
     assert pieces[0].split("\t")[1] == "the"
 
 
+def test_what_does_the_work_is_told_when_asked(run: Run, folder: Path, tiny_folder: Path) -> None:
+    assert b"tokenizers library: it is not of byte-level BPE" in run("tokenize", "-m", folder, "-v", "a").err
+    assert b"library" not in run("tokenize", "-m", tiny_folder, "-v", "a").err
+
+
 def test_tokenize_cuts_text(run: Run, folder: Path, ours: Tokenizer) -> None:
     for size in (1, 3, 8, 500):
         head = good(run("tokenize", "-m", folder, "--truncate", str(size), TEXT)).decode()
