@@ -129,8 +129,7 @@ def test_the_next_key_drops_a_question(serve: Serve, edit: Callable[..., Tmux]) 
     server = serve(lambda asked: [" upon"] if asked["prefix"].endswith("!") else None)
     tmux = edit()
     tmux.type("Once")
-    while not server.asked:  # it is being answered, for ever
-        tmux.text()
+    tmux.wait(lambda _: bool(server.asked))  # it is being answered, for ever
     tmux.type("!")
     tmux.wait("> Once! upon")
     assert "!" not in server.dropped.get(timeout=180)["prefix"]
