@@ -357,3 +357,36 @@ def test_any_value_under_any_key_is_read_or_refused(family: dict[str, Any], chan
         return
     assert all(type(id_) is int for id_ in config.eos_ids)
     assert from_hf(json.loads(json.dumps(to_hf(config)))) == config
+
+
+# --- generation_config.json -------------------------------------------------------------------------------------------
+
+
+def _with_generation(folder: Path, generation: object, **keys: Any) -> Path:
+    (folder / "config.json").write_text(json.dumps({**GPT2, **keys}))
+    (folder / "generation_config.json").write_text(json.dumps(generation))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "ends"),
+    [
+        (7, [7, 9], (7, 9)),
+        (9, [7, 9], (9, 7)),
+        (None, [7, 9, 7], (7, 9)),
+        (None, 7, (7,)),
+        (7, None, (7,)),
+        (7, [50256, 50257, -1], (7, 50256)),  # beyond the vocabulary is no token
+    ],
+)
+def test_more_ends_of_a_text(tmp_path: Path, mine: int | None, theirs: object, ends: tuple[int, ...]) -> None:
+    """Llama 3's chat models name the end of a turn only there."""
+    folder = _with_generation(tmp_path, {"eos_token_id": theirs, "temperature": 0.6}, eos_token_id=mine)
+    assert read_config(folder).eos_ids == ends
+    assert read_config(folder / "config.json").eos_ids == (() if mine is None else (mine,))
+
+
+@pytest.mark.parametrize("generation", [[], {"eos_token_id": "</s>"}])
+def test_generation_config_that_is_none(tmp_path: Path, generation: object) -> None:
+    with pytest.raises(CorruptError, match=r"generation_config\.json"):
+        read_config(_with_generation(tmp_path, generation))
