@@ -87,10 +87,12 @@ def open_model(
     kind = runtime.pick_dtype(dtype, stored_dtype(matched), target)
     with torch.device("meta"):
         transformer = new_transformer(config)
-    load_weights(transformer, matched, device=target, dtype=kind)
+    # On a CPU what is going to be quantized stays in the mapped file until its turn comes.
+    first = None if quantize != "none" and target.type == "cpu" else kind
+    load_weights(transformer, matched, device=target, dtype=first)
     transformer.eval().requires_grad_(False)
     if quantize != "none":
-        quantize_(transformer, quantize)
+        quantize_(transformer, quantize, kind)
     seconds = time.perf_counter() - start
     return Model(name or folder.name, config, transformer, tokenizer, target, kind, seconds, quantize, native, compile)
 

@@ -31,11 +31,11 @@ SHARD_BYTES = 5_000_000_000
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "chat_template.jinja")
 
 
-def load_weights(model: Transformer, matched: Matched, *, device: torch.device, dtype: torch.dtype) -> None:
+def load_weights(model: Transformer, matched: Matched, *, device: torch.device, dtype: torch.dtype | None) -> None:
     """Fill a model built on the meta device from the files of a matched folder, tensor by tensor.
 
-    A tensor already of ``dtype`` and bound for the CPU stays mapped from the file. Raises CorruptError when a file
-    can't be read.
+    A tensor already of ``dtype`` and bound for the CPU stays mapped from the file; None leaves all in the types of the
+    file. Raises CorruptError when a file can't be read.
     """
     layout = disk_layout(model.config)
     by_file: dict[Path, list[str]] = {}
@@ -47,7 +47,7 @@ def load_weights(model: Transformer, matched: Matched, *, device: torch.device, 
                 for name in names:
                     tensor = stream.get_tensor(matched[name][0])
                     # On a device, move first: the transposed view then copies there and not here.
-                    tensor = tensor.to(device=device, dtype=dtype)
+                    tensor = tensor.to(device=device, dtype=dtype or tensor.dtype)
                     for ours, part in our_parts(tensor, layout[name]):
                         _assign(model, ours, part)
         except (SafetensorError, OSError) as error:

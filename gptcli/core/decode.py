@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 
 import torch
@@ -13,6 +14,7 @@ from gptcli.core.model import Transformer
 from gptcli.core.sampling import History
 from gptcli.core.settings import Sampling
 from gptcli.core.stepping import Forward, StepFunction, Stepping
+from gptcli.spec.config import RopeScaling
 
 # Tokens of a prompt that go through the model at once, by device, and those of all rows together: what lies between its
 # layers needs memory for so many, however long the prompts. On a CPU 512 to 2,048 take the same time in float32, and
@@ -55,7 +57,8 @@ class Decoder:
         forward, dtype = self.stepping.prefill(prompt=longest, tokens=capacity - longest, rows=len(prompts))
         self.cache = KVCache(self.transformer.config, len(rows), capacity, device=device, dtype=dtype)
         self._step = None
-        logits = in_chunks(forward, rows, self.cache, chunk_size(len(rows), device))
+        size = chunk_size(len(rows), device, self.transformer.config.rope_scaling)
+        logits = in_chunks(forward, rows, self.cache, size)
         self.cache.set_lengths(lengths)
         if same and len(prompts) > 1:
             self.cache.select([0] * len(prompts))
@@ -128,8 +131,10 @@ class Decoder:
         return (lambda ids: forward(ids, cache)), exact
 
 
-def chunk_size(rows: int, device: torch.device) -> int:
+def chunk_size(rows: int, device: torch.device, scaling: RopeScaling | None = None) -> int:
     """Tokens of each of so many prompts that go through the model at once."""
+    if scaling is not None and scaling.kind == "dynamic":  # all of a prompt is to be turned alike
+        return sys.maxsize
     most, together = _CHUNK.get(device.type, _CPU_CHUNK)
     return min(most, max(_LEAST_CHUNK, together // rows))
 

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gptcli.core import runtime
+
 # Rows from which oneDNN's product is faster.
 MANY = 64
 _TINY = 1e-30  # in place of the extreme value of what is all zero
@@ -35,6 +37,7 @@ class IntegerProduct:
     def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
         """``weight`` int8 ``[R, in]``, ``scale`` float32 ``[R]``, ``bias`` ``[R]``."""
         self._plain: Tensor | None = weight
+        self._columns = weight.shape[1]
         self._scale = scale
         self._bias = None if bias is None else bias.float()
         self._zeros = torch.zeros(len(weight), dtype=torch.int64)
@@ -93,14 +96,16 @@ class IntegerProduct:
                 scale = self._scale.double()
                 matrix = torch._make_per_channel_quantized_tensor(self.weight, scale, self._zeros, 0)
                 self._few = torch.ops.quantized.linear_prepack(matrix, self._bias)
+            del matrix
             self._plain = None
+            runtime.give_back_memory()
         return self._few
 
     def _for_many(self) -> Tensor:
         if self._many is None:
-            weight = self.weight
-            self._many = torch.ops.onednn.qlinear_prepack(weight, [MANY, weight.shape[1]])
+            self._many = torch.ops.onednn.qlinear_prepack(self.weight, [MANY, self._columns])
             self._plain = None
+            runtime.give_back_memory()
         return self._many
 
 

@@ -153,7 +153,8 @@ class Block(nn.Module):
         return stream
 
     def _normed(self, norm: nn.Module, part: nn.Module, x: Tensor, *rest: Any) -> Tensor:
-        made: Tensor = norm(part(x, *rest)) if self.norm_output else part(norm(x), *rest)
+        # In training the stream is float32, and what a matrix made of it is not.
+        made: Tensor = norm(part(x, *rest).to(x.dtype)) if self.norm_output else part(norm(x), *rest)
         return made
 
 
@@ -226,6 +227,7 @@ class PartsNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., N]``, N a multiple of the norm's width, to the same."""
+        x = x.to(self.weight.dtype)  # which in training is more exact than what a matrix made
         return super().forward(x.unflatten(-1, (-1, *self.normalized_shape))).flatten(-2)
 
 

@@ -80,7 +80,10 @@ class Packing:
         self._kept: list[object] = []
 
     def model(self, transformer: Transformer, threads: int) -> PackedModel:
-        """All of a transformer, matrix by matrix: the memory grows by what is packed and one matrix."""
+        """All of a transformer, matrix by matrix: the memory grows by what is packed and one matrix.
+
+        By less where it is quantized: such a matrix is handed over, and is held here alone.
+        """
         config = transformer.config
         layers = (_Layer * config.layers)()
         for number, (layer, block) in enumerate(zip(layers, transformer.blocks, strict=True)):
@@ -101,6 +104,8 @@ class Packing:
         if transformer.positions is not None:
             positions = self._keep(transformer.positions.weight[config.position_offset :])
         dynamic = scaling if scaling is not None and scaling.kind == "dynamic" else None
+        unembedding = self.matrix(transformer.unembedding)
+        runtime.give_back_memory()
         return PackedModel(
             *(config.layers, config.width, config.heads, config.kv_heads, config.head_dim, config.mlp_width),
             *(config.vocab_size, threads, config.norm == "rmsnorm", ACTIVATIONS[config.activation]),
@@ -109,7 +114,7 @@ class Packing:
             *(config.norm_eps, magnitude(scaling), dynamic.factor if dynamic else 1.0),
             *(self._keep(transformer.embedding.weight), positions, turns),
             self.norm(transformer.norm),
-            self.matrix(transformer.unembedding),
+            unembedding,
             layers,
         )
 
@@ -129,6 +134,9 @@ class Packing:
         elif scale is not None:
             factors = self._memory.take(rows // self.lanes, columns // GROUP, self.lanes, dtype=torch.bfloat16)
             _into_panels(scale, factors)
+        if hand_over := getattr(linear, "hand_over", None):
+            shape = tuple(weight.shape)
+            hand_over(lambda: _NUMBERS[kind](_from_panels(packed, shape[0]))[:, : shape[1]].contiguous())
         bias = self._padded(getattr(linear, "bias", None), rows)
         return PackedMatrix(packed.data_ptr(), _address(factors), bias, rows, columns, TYPES[kind], 0)
 
@@ -215,6 +223,27 @@ def _into_panels(rows: Tensor, panels: Tensor) -> None:
         panels[:whole, :width] = rows[: whole * lanes].unflatten(0, (whole, lanes)).transpose(1, 2)
     if count % lanes:
         panels[whole, :width, : count % lanes] = rows[whole * lanes :].t()
+
+
+# --- and back
+
+
+def _numbers_int8(words: Tensor) -> Tensor:
+    return (words.view(torch.uint8) ^ 128).view(torch.int8)
+
+
+def _numbers_int4(words: Tensor) -> Tensor:
+    halves = words.view(torch.uint8).unflatten(1, (-1, 4))  # byte j: columns j and 4 + j of eight
+    eights = torch.cat((halves & 15, halves >> 4), -1).flatten(1)
+    return eights[:, 0::2] | eights[:, 1::2] << 4
+
+
+_NUMBERS = {"int8": _numbers_int8, "int4": _numbers_int4}
+
+
+def _from_panels(panels: Tensor, rows: int) -> Tensor:
+    """``_into_panels`` undone: ``[R, W]``."""
+    return panels.transpose(1, 2).flatten(0, 1)[:rows].contiguous()
 
 
 class _Memory:

@@ -62,7 +62,8 @@ class Pool:
         if cache is None:
             cache = KVCache(self.transformer.config, 1, len(ids), device=self._device, dtype=dtype)
         if logits is None:
-            logits = in_chunks(forward, [ids[known:]], cache, chunk_size(1, self._device))[0]
+            size = chunk_size(1, self._device, self.transformer.config.rope_scaling)
+            logits = in_chunks(forward, [ids[known:]], cache, size)[0]
             if self.prefixes and bool(torch.isfinite(logits).all()):  # damage is not to spread to other prompts
                 self.prefixes.keep(ids, cache, 0, logits)
         if self._cache is None:

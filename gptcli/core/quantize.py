@@ -46,7 +46,7 @@ class QuantizedLinear(nn.Module):
         kind: ``int8`` or ``int4``.
         weight: int8 ``[R, in]``, or uint8 ``[R, 16 G]``: byte j holds column 2j in its low half and 2j + 1 in its high
             one; columns are filled up to whole groups with zeros, which are kept as 8. It is held once: where a product
-            has packed it, this unpacks it.
+            or the native step has packed it, this unpacks it.
         scale: float32 ``[R]``, or bfloat16 ``[R, G]``.
         bias: ``[R]`` in the model's dtype, or None.
         in_features, out_features: as of ``nn.Linear``.
@@ -65,16 +65,20 @@ class QuantizedLinear(nn.Module):
         self._product: _Product | None = None
         self._integers: integers.IntegerProduct | None = None
         self._joined: tuple[QuantizedLinear, slice] | None = None  # the map whose rows these are, and which
+        self._parts: tuple[QuantizedLinear, ...] = ()  # the maps whose rows are here
+        self._unpack: Callable[[], Tensor] | None = None  # what gives the matrix, where others hold it
 
     @property
     def weight(self) -> Tensor:
         if self._plain is not None:
             return self._plain
-        if self._joined is not None:
-            whole, rows = self._joined
-            return whole.weight[rows]
-        assert self._integers is not None
-        return self._integers.weight
+        if self._unpack is not None:
+            return self._unpack()
+        if self._integers is not None:
+            return self._integers.weight
+        assert self._joined is not None
+        whole, rows = self._joined
+        return whole.weight[rows]
 
     @property
     def nbytes(self) -> int:
@@ -92,15 +96,19 @@ class QuantizedLinear(nn.Module):
     def beside(self, others: Sequence[QuantizedLinear]) -> QuantizedLinear:
         """One map with the outputs of this one and then of others, which have the same input, kind and bias or none.
 
-        It holds the matrix from now on, for all of them.
+        It holds the matrix from now on, for all of them, unless all have handed theirs over.
         """
         every = (self, *others)
         bias = None if self.bias is None else torch.cat([each.bias for each in every if each.bias is not None])
         weight, scale = (torch.cat([getattr(each, name) for each in every]) for name in ("weight", "scale"))
         whole, start = QuantizedLinear(self.kind, weight, scale, bias, self.in_features), 0
+        whole._parts = every
+        if all(each._unpack is not None for each in every):  # it is held elsewhere, and stays there
+            whole.hand_over(lambda: torch.cat([each.weight for each in every]))
+            return whole
         for each in every:
             each._joined = whole, slice(start, start := start + each.out_features)
-            each._plain = each._integers = each._product = None
+            each._plain = each._integers = each._product = each._unpack = None
         return whole
 
     def forward(self, x: Tensor) -> Tensor:
@@ -109,11 +117,24 @@ class QuantizedLinear(nn.Module):
             self._product = _pick(self)
         return self._product(self, x)
 
+    def hand_over(self, unpack: Callable[[], Tensor]) -> None:
+        """Let go of the matrix, and of what was packed for products: from now on ``unpack`` gives it.
+
+        A product that is needed later packs it anew, once, and keeps that. The map that holds this one's rows beside
+        others' lets go when the last of them does.
+        """
+        self._plain = self._integers = self._product = None
+        self._unpack = unpack
+        if self._joined is not None:
+            whole, parts = self._joined[0], self._joined[0]._parts
+            if whole._unpack is None and all(part._unpack is not None for part in parts):
+                whole.hand_over(lambda: torch.cat([part.weight for part in parts]))
+
     def integer_product(self) -> integers.IntegerProduct:
         """A product that keeps the matrix from now on."""
         if self._integers is None:
             self._integers = integers.IntegerProduct(self.weight, self.scale, self.bias)
-            self._plain = self._joined = None
+            self._plain = None
         return self._integers
 
     def slow(self, x: Tensor) -> Tensor:
@@ -125,8 +146,8 @@ class QuantizedLinear(nn.Module):
         """The matrix ``[out, in]``."""
         if self.kind == "int8":
             return (self.weight * self.scale[:, None]).to(dtype)
-        grouped = self.levels().unflatten(1, (-1, GROUP)).to(dtype) - 8  # [R, G, 32]
-        return (grouped * self.scale[..., None].to(dtype)).flatten(1)[:, : self.in_features]
+        grouped = self.levels().unflatten(1, (-1, GROUP)).to(dtype).sub_(8)  # [R, G, 32]
+        return grouped.mul_(self.scale[..., None].to(dtype)).flatten(1)[:, : self.in_features]
 
     def levels(self) -> Tensor:
         """The q of int4, uint8 ``[R, 32 G]``."""
@@ -141,20 +162,34 @@ def check_quantize(kind: str, device: torch.device) -> None:
         raise UsageError(f"weights are not quantized on {device.type}", "use --device cpu, or --quantize none")
 
 
-def quantize_(transformer: Transformer, kind: str) -> Transformer:
+def quantize_(transformer: Transformer, kind: str, dtype: torch.dtype | None = None) -> Transformer:
     """Replace the matrices of a model by quantized ones, one after the other: peak memory is the weights plus one.
 
-    A tied unembedding is quantized while the embedding table stays as it was. Raises CorruptError where a weight is not
-    a finite number, which integers would hide.
+    All is turned into ``dtype`` first, piece by piece; None leaves it in its own. A tied unembedding is quantized while
+    the embedding table stays a table. Raises CorruptError where a weight is not a finite number, which integers would
+    hide.
     """
-    for name, parameter in transformer.named_parameters():
-        if not (parameter.amax().isfinite() and parameter.amin().isfinite()):
-            raise CorruptError(f"{name} holds values that are not finite", "the weights are damaged: get them again")
-    for parent in [transformer, *transformer.blocks.modules()]:
+    # A list of the matrices would keep them all.
+    parents = [(place, part) for place, part in transformer.named_modules() if not isinstance(part, nn.Linear)]
+    for place, parent in parents:
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear):
+                _convert(child, f"{place}.{name}", dtype)
                 setattr(parent, name, QuantizedLinear.of(child, kind))
+        _convert(parent, place, dtype)
+        runtime.give_back_memory()
     return transformer
+
+
+def _convert(module: nn.Module, place: str, dtype: torch.dtype | None) -> None:
+    """Turn a module's own parameters into ``dtype``."""
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        converted = parameter.detach().to(dtype or parameter.dtype)
+        if not (converted.amax().isfinite() and converted.amin().isfinite()):
+            message = f"{place}.{name} holds values that are not finite".removeprefix(".")
+            raise CorruptError(message, "the weights are damaged: get them again")
+        if converted.dtype is not parameter.dtype:
+            setattr(module, name, nn.Parameter(converted, requires_grad=False))
 
 
 def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -209,7 +244,7 @@ def _pick(layer: QuantizedLinear) -> _Product:
     if layer.weight.is_cuda:
         return _cuda_product(layer)
     if layer.kind == "int4":
-        return _Int4(layer)
+        return _Int4()
     if not integers.available():
         return _unpacked
     return _integer_product
@@ -236,21 +271,27 @@ def _weight_only(layer: QuantizedLinear, x: Tensor, product: Callable[[Tensor], 
 class _Int4:
     """The weight-only op: bfloat16 times the levels as they are kept. Its time grows with the rows."""
 
-    def __init__(self, layer: QuantizedLinear) -> None:
+    def __init__(self) -> None:
+        self._packed: Tensor | None = None  # until few rows are asked for
+
+    def _pack(self, layer: QuantizedLinear) -> Tensor:
         more = -layer.out_features % 16  # the op wants whole tiles
         if layer.weight.is_cuda:
             swapped = F.pad((layer.weight << 4) | (layer.weight >> 4), (0, 0, 0, more), value=0x88)
-            self._packed = torch.ops.aten._convert_weight_to_int4pack(swapped, 8 if swapped.shape[1] % 64 == 0 else 2)
+            packed = torch.ops.aten._convert_weight_to_int4pack(swapped, 8 if swapped.shape[1] % 64 == 0 else 2)
             self._op = torch.ops.aten._weight_int4pack_mm
         else:
             levels = F.pad(layer.levels().int(), (0, 0, 0, more), value=8)
-            self._packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(levels, 1)
+            packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(levels, 1)
             self._op = torch.ops.aten._weight_int4pack_mm_for_cpu
         scale = F.pad(layer.scale, (0, 0, 0, more)).t()  # [G, R]
         self._scale_and_zero = torch.stack((scale, torch.zeros_like(scale)), -1)
+        return packed
 
     def __call__(self, layer: QuantizedLinear, x: Tensor) -> Tensor:
         if x.numel() <= _UNPACK_ROWS * layer.in_features:
+            if self._packed is None:
+                self._packed = self._pack(layer)
             return _weight_only(layer, x, self._product)
         dtype = torch.bfloat16 if runtime.is_fast(torch.bfloat16, x.device) else x.dtype
         return _unpacked(layer, x.to(dtype)).to(x.dtype)
@@ -272,7 +313,7 @@ def _cuda_product(layer: QuantizedLinear) -> _Product:
     """The weight-only op where this GPU and torch have it for such a matrix, and it agrees with the slow twin."""
     x = torch.linspace(-1, 1, layer.in_features, device=layer.weight.device, dtype=torch.bfloat16)[None]
     with contextlib.suppress(RuntimeError, NotImplementedError, AttributeError):
-        product = _cuda_int8 if layer.kind == "int8" else _Int4(layer)
+        product = _cuda_int8 if layer.kind == "int8" else _Int4()
         wanted = layer.slow(x).float()
         if (product(layer, x).float() - wanted).norm() <= 0.02 * wanted.norm():
             return product

@@ -34,7 +34,8 @@ def rotation(
     """
     turns = frequencies(dim, theta, positions.device, scaling)
     if scaling is not None and scaling.kind == "dynamic":
-        turns = _dynamic(positions.amax(-1, keepdim=True) + 1, dim, theta, scaling)[:, None]  # [B or 1, 1, 1, R/2]
+        lengths = positions.amax(-1)[:, None, None, None] + 1  # [B or 1, 1, 1, 1]
+        turns = _dynamic(lengths, dim, theta, scaling)
     angles = positions[:, None, :, None].float() * turns  # [B, 1, T, R/2]
     angles = torch.cat((angles, angles), dim=-1)
     cos, sin = angles.cos(), angles.sin()

@@ -95,6 +95,7 @@ class Stepping:
         self._may_lean = lean and self._device.type == "cpu"
         self._quantized = not isinstance(transformer.unembedding, nn.Linear)
         self._lean: Lean | None = None
+        self._library: native_build.Library | None = None
         self._native: native.NativeStep | None = None
         self._no_native: str | None = None  # why there is none; None as well while nobody has looked
         self._loop: graphs.DeviceLoop | None = None
@@ -106,7 +107,7 @@ class Stepping:
         ``tokens`` are still to be made in each of ``rows`` rows, as ``step`` will be told.
         """
         dtype = self.transformer.embedding.weight.dtype
-        natively = "native" in self._worth(tokens, rows) and self._native_step() is not None
+        natively = "native" in self._worth(tokens, rows) and self._may_native()
         if not self._leaning(prompt, 0 if natively else tokens, rows):
             return self.transformer, dtype
         lean = self._packed_lean()
@@ -180,21 +181,33 @@ class Stepping:
         return logits[:, -1]  # [B, V]
 
     def _native_step(self) -> native.NativeStep | None:
-        """The native step, packed at the first call; None where there can't be one, which is found out once."""
-        if self._native is None and self._no_native is None:
+        """The native step, packed at the first call; None where there can't be one, which is found out once.
+
+        Behind the prompt, that is: packing lets go of what quantized matrices were packed for before.
+        """
+        if self._native is None and self._may_native() and self._library is not None:
             try:
-                self._native = self._pack()
+                threads = pick_threads(self.transformer, runtime.threads())
+                self._native = native.NativeStep(self._library, self.transformer, threads)
             except GptcliError as error:
                 self._no_native = f"{error.message} ({error.hint})"
         return self._native
 
-    def _pack(self) -> native.NativeStep:
+    def _may_native(self) -> bool:
+        """Whether there can be a native step, as far as that can be told before anything is packed."""
+        if self._library is None and self._no_native is None:
+            try:
+                self._library = self._load()
+            except GptcliError as error:
+                self._no_native = f"{error.message} ({error.hint})"
+        return self._no_native is None
+
+    def _load(self) -> native_build.Library:
         if self.folder is None:
             raise NotFoundError("no folder of native libraries was given", "gptcli models prepare builds one")
         if reason := native.why_not(self.transformer):  # before a library is loaded for nothing
             raise UnsupportedError(f"there is no native step: {reason}", "nothing is to be done")
-        threads = pick_threads(self.transformer, runtime.threads())
-        return native.NativeStep(native_build.load(self.folder), self.transformer, threads)
+        return native_build.load(self.folder)
 
     def several(self, *, tokens: int) -> tuple[Callable[[Sequence[int], KVCache], Tensor], bool]:
         """How to add several tokens to one row at once, of whom ``tokens`` are still to come: logits ``[T, V]``.

@@ -193,9 +193,9 @@ def head_outputs(transformer: Transformer, layer: int, weights: Tensor, value: T
     gathered = (weights[:, None] @ values)[:, 0]  # [H, D]
     output = matrix_of(output_map)  # [C, H D]
     shares = torch.einsum("hd,chd->hc", gathered, output.float().unflatten(1, gathered.shape))
-    return (
-        _shares_of_norm(shares, getattr(output_map, "bias", None), norm) if transformer.config.norm_output else shares
-    )
+    if transformer.config.norm_output:
+        return _shares_of_norm(shares, getattr(output_map, "bias", None), norm)
+    return shares
 
 
 def _shares_of_norm(shares: Tensor, bias: Tensor | None, norm: Any) -> Tensor:
@@ -280,6 +280,7 @@ class _Recorder:
             top = [
                 {"position": place, "id": self._ids[place], "text": self._text(self._ids[place]), "weight": share}
                 for place, share in zip(places, shares, strict=True)
+                if share > 0  # what is out of a window is not looked at
             ]
             told = {"entropy_bits": max(0.0, entropy[head].item()), "norm": moved[head].item(), "top": top}
             heads.append({"head": head} | told)

@@ -171,6 +171,10 @@ class FullyShard(Group):
             matrices = MixedPrecisionPolicy(self._dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for block in objective.transformer.blocks:
             parts = [block.get_submodule(name) for name in ("attention", "mlp")]
+            within = parts[0].children()
+            norms: list[nn.Module] = [module for module in within if isinstance(module, nn.RMSNorm)]  # of query and key
+            if norms:
+                fully_shard(norms, mesh=self._mesh)
             fully_shard(parts, mesh=self._mesh, mp_policy=matrices)
         fully_shard(objective, mesh=self._mesh)
         # Attention and MLP return views, which nothing writes to.

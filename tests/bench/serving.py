@@ -58,8 +58,8 @@ def serve(folder: Path, dtype: str, rows: int) -> None:
     api = Api(Limits(rows=rows))
     service = Service(model, folder, "bench", "bench", api.limits.engine)
     listener = listen("127.0.0.1", 0)
-    print(listener.getsockname()[1], flush=True)
-    run(api.app(service, inner.routes), service, [listener])
+    port = listener.getsockname()[1]
+    run(api.app(service, inner.routes), service, [listener], ready=lambda: print(port, flush=True))
 
 
 def decode(folder: Path, dtype: str, tokens: int) -> None:

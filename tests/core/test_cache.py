@@ -20,6 +20,9 @@ CONFIGS = {
     "rope, grouped": ModelConfig(
         "gpt2", 40, 32, layers=2, width=16, heads=4, kv_heads=2, head_dim=8, mlp_width=32, position="rope"
     ),
+    "windows": ModelConfig(
+        *("gpt2", 40, 32, 3, 16, 4, 2, 8, 32), position="rope", windows=(3, None, 6), rope_dim=4, qk_norm="head"
+    ),
 }
 TOLERANCE = 2e-5
 

@@ -12,9 +12,9 @@ from gptcli.core import decode
 from gptcli.core.attention import _QUERIES, attend, attention_pattern, gather
 from gptcli.core.decode import Decoder, chunk_size
 from gptcli.core.stepping import Stepping
-from gptcli.spec.config import ModelConfig
+from gptcli.spec.config import ModelConfig, RopeScaling
 from tests.conftest import ROOT
-from tests.core.test_model import every_config, visible_model
+from tests.core.test_model import LLAMA_LIKE, every_config, visible_model
 
 PROMPTS = [[1 + i % 40 for i in range(23)], [7], [2 + i % 30 for i in range(11)], [3 + i % 9 for i in range(10)]]
 
@@ -59,6 +59,30 @@ def test_the_last_queries_of_a_sequence_are_the_slow_reference(heads: int, kv_he
     pattern = attention_pattern(query, key, "causal")
     assert pattern[0, 0, 0].nonzero().flatten().tolist() == list(range(10))
     torch.testing.assert_close(attend(query, key, value, "causal"), gather(pattern, value), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("count", [1, 2, _QUERIES, 2 * _QUERIES + 3])
+@pytest.mark.parametrize("before", [0, 9])
+@pytest.mark.parametrize("window", [1, 5, _QUERIES, 10**6])
+def test_a_window_is_the_slow_reference(count: int, before: int, window: int) -> None:
+    generator = torch.Generator().manual_seed(count)
+    query = torch.randn(1, 4, count, 8, generator=generator)
+    key, value = (torch.randn(1, 2, count + before, 8, generator=generator) for _ in range(2))
+    pattern = attention_pattern(query, key, window)
+    for place in {0, count // 2, count - 1}:
+        seen = pattern[0, 0, place].nonzero().flatten().tolist()
+        assert seen == list(range(max(0, before + place + 1 - window), before + place + 1))
+    torch.testing.assert_close(attend(query, key, value, window), gather(pattern, value), atol=1e-5, rtol=0)
+
+
+def test_a_prompt_that_is_to_be_turned_alike_goes_in_one_piece() -> None:
+    config = ModelConfig(**{**LLAMA_LIKE, "rope_scaling": RopeScaling("dynamic", 4.0, 5)})
+    model = visible_model(config)
+    for lean in (False, True):
+        decoder = Decoder(model, Stepping(model, lean=lean))
+        wanted = model(torch.tensor(PROMPTS[:1]))[:, -1]
+        torch.testing.assert_close(decoder.prefill(PROMPTS[:1], 64), wanted, atol=1e-5, rtol=1e-5)
+    assert chunk_size(1, torch.device("cpu"), config.rope_scaling) > 10**6
 
 
 MEMORY = """

@@ -228,6 +228,16 @@ def test_fused_attention_equals_the_loop_twin(config: ModelConfig) -> None:
     torch.testing.assert_close(model(ids)[0], wanted, atol=2e-5, rtol=0)
 
 
+@pytest.mark.parametrize("count", [4, 9])
+def test_a_text_longer_than_the_original_context_is_the_loop_twins(count: int) -> None:
+    config = ModelConfig(**{**LLAMA_LIKE, "rope_scaling": RopeScaling("dynamic", 4.0, 5)})
+    model = visible_model(config)
+    ids = some_ids(config, rows=1, count=count)
+    torch.testing.assert_close(model(ids)[0], torch.tensor(loop_twin(model, ids[0].tolist())), atol=2e-5, rtol=0)
+    plain = ModelConfig(**LLAMA_LIKE)
+    assert torch.allclose(visible_model(plain)(ids), model(ids), atol=1e-5) == (count == 4)
+
+
 @every_config
 def test_the_tap_changes_no_logits_and_is_the_slow_reference(config: ModelConfig) -> None:
     model = visible_model(config)

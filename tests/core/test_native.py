@@ -21,7 +21,7 @@ from gptcli.core.model import Transformer
 from gptcli.core.native import NativeMatrix, NativeStep, compare
 from gptcli.core.native_build import Library, load
 from gptcli.errors import LimitError, UnsupportedError
-from gptcli.spec.config import ModelConfig
+from gptcli.spec.config import ModelConfig, RopeScaling
 from tests.core.test_model import CONFIGS, GPT2, LLAMA_LIKE, every_config, some_ids, visible_model
 
 KINDS = ("float32", "bfloat16", "int8", "int4")
@@ -30,6 +30,8 @@ ODD = {
     "odd": {**GPT2, "vocab_size": 37, "width": 33, "heads": 1, "kv_heads": 1, "head_dim": 33, "mlp_width": 71},
     "one of everything": {**GPT2, "width": 1, "heads": 1, "kv_heads": 1, "head_dim": 1, "mlp_width": 1, "layers": 1},
     "wide heads": {**LLAMA_LIKE, "width": 40, "heads": 3, "kv_heads": 1, "head_dim": 134, "mlp_width": 100},
+    "odd norms": {**LLAMA_LIKE, "width": 33, "qk_norm": "whole", "norm_output": True, "rope_dim": 6, "windows": (1, 3)},
+    "wide head norms": {**LLAMA_LIKE, "heads": 2, "kv_heads": 1, "head_dim": 34, "qk_norm": "head", "rope_dim": 18},
     "rounded up": {**GPT2, "width": 64, "heads": 2, "kv_heads": 2, "head_dim": 32, "mlp_width": 160, "vocab_size": 130},
 }
 ALL = {**CONFIGS, **{name: ModelConfig(**axes) for name, axes in ODD.items()}}
@@ -128,6 +130,18 @@ def test_a_step_is_the_transformers(library: Library, config: ModelConfig, threa
         for mine, other in zip(ours.keys + ours.values, theirs.keys + theirs.values, strict=True):
             for row, length in enumerate(ours.lengths):
                 torch.testing.assert_close(mine[row, :, :length], other[row, :, :length], atol=1e-4, rtol=0)
+
+
+def test_texts_that_outgrow_the_original_context(built: Path) -> None:
+    """A step turns its token as the text's length then wants it, and a few at once are what they are one by one."""
+    config = ModelConfig(**{**LLAMA_LIKE, "rope_scaling": RopeScaling("dynamic", 4.0, 6)})
+    model = visible_model(config)
+    step = NativeStep(load(built), model, 2)
+    wanted, made = (steps_of(model, take, [8, 3], 8)[0] for take in (slow(model), step.step))
+    torch.testing.assert_close(made, wanted, atol=1e-4, rtol=0)
+    ids = some_ids(config, 1, 8, seed=1)
+    together = step.verify([ids[0].tolist()], some_cache(model, [3], 16))
+    assert torch.equal(together, steps_of(model, step.step, [3], 8)[0][:, 0])
 
 
 @pytest.mark.parametrize("kind", KINDS)

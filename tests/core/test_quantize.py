@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gptcli.core import integers
+from gptcli.core import integers, native_build
 from gptcli.core.build import open_model
 from gptcli.core.cache import KVCache
 from gptcli.core.model import Transformer
+from gptcli.core.native import NativeMatrix
 from gptcli.core.quantize import GROUP, KINDS, QuantizedLinear, check_quantize, quantize_, quantize_int4, quantize_int8
 from gptcli.errors import CorruptError, UsageError
 from gptcli.spec.config import ModelConfig
@@ -134,6 +135,39 @@ def test_a_matrix_is_held_once_and_the_same_after_it_was_packed(size: tuple[int,
         assert all(buffer is layer.scale for buffer in layer.buffers())
     x = random(2, size[1])
     assert torch.equal(copy.deepcopy(layer)(x), layer(x))
+
+
+@every_kind
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_the_native_step_takes_a_matrix_over(kind: str, size: tuple[int, int], built: Path) -> None:
+    """It comes back to the bit, whatever was packed before, and products go on."""
+    layer = QuantizedLinear.of(linear(*size), kind)
+    plain, x = layer.weight.clone(), random(100, size[1])
+    wanted = layer(x)
+    NativeMatrix(native_build.load(built), layer)
+    assert all(buffer is layer.scale for buffer in layer.buffers())
+    assert torch.equal(layer.weight, plain)
+    assert torch.equal(layer(x), wanted)
+
+
+@every_kind
+@pytest.mark.parametrize("first", ["joined", "taken"])
+def test_maps_side_by_side_are_taken_over_with_their_parts(kind: str, first: str, built: Path) -> None:
+    library, parts = native_build.load(built), [QuantizedLinear.of(linear(rows, 64), kind) for rows in (48, 16, 16)]
+    plain, x = [part.weight.clone() for part in parts], random(100, 64)
+    if first == "joined":
+        whole = parts[0].beside(parts[1:])
+        wanted = whole(x)
+        assert [torch.equal(part.weight, before) for part, before in zip(parts, plain, strict=True)] == [True] * 3
+    for part in parts:
+        NativeMatrix(library, part)
+    if first == "taken":
+        whole = parts[0].beside(parts[1:])
+        wanted = torch.cat([part(x) for part in parts], -1)
+    for each in (whole, *parts):
+        assert all(buffer is each.scale for buffer in each.buffers())
+    assert torch.equal(whole.weight, torch.cat(plain))
+    torch.testing.assert_close(whole(x), wanted)
 
 
 @pytest.mark.parametrize("count", [1, integers.MANY - 1, integers.MANY, 300])
