@@ -15,7 +15,8 @@ import pytest
 
 from gptcli.cli.caches import native_cache
 from gptcli.cli.train_run import RATES
-from gptcli.errors import ExitCode
+from gptcli.errors import ExitCode, UnsupportedError
+from gptcli.spec.config import from_hf
 from gptcli.text.transcript import SCENE
 from tests.conftest import ROOT, Gptcli
 
@@ -32,6 +33,12 @@ def documented(section: str) -> set[str]:
 
 def objects(output: bytes) -> list[dict[str, object]]:
     return [json.loads(line) for line in output.splitlines()]
+
+
+def test_the_families_are_those_that_are_read() -> None:
+    with pytest.raises(UnsupportedError) as caught:
+        from_hf({"model_type": "none"})
+    assert documented("Families") == {"model_type", *caught.value.hint.removeprefix("it reads: ").split(", ")}
 
 
 @pytest.mark.parametrize("text", [REFERENCE, README], ids=["reference", "README"])

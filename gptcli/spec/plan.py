@@ -208,9 +208,9 @@ def saved_bytes(config: ModelConfig, tokens: int, dtype: Dtype, *, checkpoint: b
     A layer, per token: both norms' inputs (the stream, float32) and statistics; each matrix's input; query, key, value
     and what attention gathered (which is the output matrix's input), with a float32 logsumexp a head; the MLP before
     and after its activation (a ReLU keeps only the latter, a gate adds its own); norms of query and key keep their
-    inputs too. In bfloat16 the stream stays float32,
-    the rest halves, but autocast casts a matrix's input anew for each matrix that shares it. With checkpointing: the
-    stream into each layer, and one layer in full. Copies of weights are not counted.
+    inputs too. In bfloat16 the stream stays float32, the rest halves, but autocast casts a matrix's input anew for each
+    matrix that shares it. With checkpointing: the stream into each layer, and one layer in full. Not counted are copies
+    of weights, and the masks of windows, which do not grow with the rows.
     """
     each, stream = _size(dtype), _FLOAT32 * config.width
     head = stream + _norm_bytes(config) + each * config.width + 2 * _INT64  # final norm, unembedding; ids and targets
@@ -223,12 +223,15 @@ def _layer_bytes(config: ModelConfig, dtype: Dtype) -> int:
     """One layer of ``saved_bytes``, for one token."""
     each, width, wide = _size(dtype), config.width, config.mlp_width
     casts = dtype != "float32"
-    norms = 2 * (_FLOAT32 * width + _norm_bytes(config))
-    if config.qk_norm != "none":  # what goes in, and (unless fused) the normed vector; with a root each
+    # Side by side, both norms read the same stream.
+    norms = (1 if config.parallel else 2) * _FLOAT32 * width + 2 * _norm_bytes(config)
+    if config.qk_norm != "none":  # as any RMS norm, of each head or of all as one
         heads = config.heads + config.kv_heads
-        norms += heads * ((each + _FLOAT32) * config.head_dim + _FLOAT32)
+        norms += _FLOAT32 * (2 * heads * config.head_dim + (heads if config.qk_norm == "head" else 2))
     attention_in = width * (3 if casts else 1)
     attention = (2 * config.heads + 2 * config.kv_heads) * config.head_dim
+    if config.rope_dim is not None or config.windows:  # what is gathered then lies head by head, and is put in order
+        attention += config.heads * config.head_dim
     mlp_in = width * (2 if casts and config.gated else 1)
     mlp = (1 if config.activation == "relu" else 2) * wide + (2 * wide if config.gated else 0)
     return norms + each * (attention_in + attention + mlp_in + mlp) + _FLOAT32 * config.heads

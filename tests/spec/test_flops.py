@@ -68,3 +68,13 @@ def test_grouped_queries_save_matrices_and_no_attention() -> None:
     grouped, full = count_flops(replace(TINY, kv_heads=1)), count_flops(TINY)
     assert grouped.attention(5) == full.attention(5)
     assert full.block_parameters - grouped.block_parameters == 2 * 2 * 4 * 6
+
+
+def test_a_window_cuts_off_what_a_token_looks_at() -> None:
+    windowed, full = count_flops(replace(TINY, windows=(None, 3))), count_flops(TINY)
+    assert windowed.attention(2) == full.attention(2) == 2 * 48
+    assert windowed.attention(5) == 24 * 5 + 24 * 3
+    one_by_one = sum(windowed.attention(seen) for seen in range(1, 6))
+    assert windowed.prefill_attention == one_by_one == 24 * (1 + 2 + 3 + 4 + 5) + 24 * (1 + 2 + 3 + 3 + 3)
+    assert windowed.forward_causal == windowed.matrices + one_by_one / 5
+    assert count_flops(replace(TINY, windows=(9, 9))).prefill == full.prefill

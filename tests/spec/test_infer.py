@@ -10,7 +10,7 @@ import pytest
 import gptcli.spec
 from gptcli.errors import CorruptError, GptcliError, UnsupportedError
 from gptcli.spec.config import ModelConfig, read_config
-from gptcli.spec.index import TensorInfo
+from gptcli.spec.index import TensorInfo, read_folder
 from gptcli.spec.infer import infer_config
 from gptcli.spec.match import disk_layout, match
 
@@ -104,3 +104,13 @@ def test_sizes_that_are_none_are_refused(changes: dict[str, tuple[int, ...]]) ->
     with pytest.raises(GptcliError) as caught:
         infer_config(_infos({**GOOD, **changes}), "file")
     assert type(caught.value) is CorruptError
+
+
+@pytest.mark.parametrize(
+    ("name", "kin"),
+    [("neox", "gpt_neox"), ("llama", "llama or mistral or"), ("phi3", "phi3"), ("opt", "opt"), ("olmo2", "olmo2")],
+)
+def test_tensors_of_other_families_are_told_by_name(name: str, kin: str) -> None:
+    golden = Path(__file__).parent.parent / "data" / "golden" / name
+    with pytest.raises(UnsupportedError, match=f"look like those of .*{kin}.*, which need one"):
+        infer_config(read_folder(golden), "file")

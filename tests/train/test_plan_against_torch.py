@@ -47,6 +47,12 @@ CONFIGS = {
         "mlp_bias": False,
     },
 }
+GROUPED = CONFIGS["grouped_gated_rope"]
+CONFIGS |= {
+    "parallel_part_rotated": {"parallel": True, "position": "rope", "rope_dim": 4, "tied": False},
+    "heads_normed": {**GROUPED, "qk_norm": "head", "unrotated": (1,)},
+    "normed_behind": {**GROUPED, "qk_norm": "whole", "norm_output": True},
+}
 
 
 def sized(**changes: Any) -> ModelConfig:
