@@ -115,7 +115,7 @@ def new_transformer(config: ModelConfig) -> Transformer:
     if not config.norm_first:
         raise UnsupportedError(
             f"the family {config.family} puts its norms after each layer, and is here for counting only",
-            "use a GPT-2 model",
+            "use a model of another family",
         )
     return Transformer(config)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from gptcli.spec.config import ModelConfig
 from gptcli.train import loss as module
 from gptcli.train.data import IGNORED, Batches, Corpus
 from gptcli.train.loss import Objective, cross_entropy
+from tests.core.test_model import CONFIGS, some_ids
 from tests.train.small import CONTEXT, VOCAB, corpus, model
 
 N, C, V = 11, 5, 7
@@ -216,13 +218,36 @@ def test_the_objective_in_bfloat16_is_near_the_one_in_float32() -> None:
             assert (gradient - exact[name]).norm() < 0.03 * exact[name].norm(), name
 
 
-def test_documents_side_by_side_lose_what_each_loses_alone() -> None:
+@pytest.mark.parametrize("name", [name for name, config in CONFIGS.items() if config.position == "rope"])
+def test_every_axis_learns_in_bfloat16_what_it_does_in_float32(name: str) -> None:
+    """Norms of queries, of keys and of what was made stay float32 beside matrices that are multiplied in bfloat16."""
+    ids = some_ids(CONFIGS[name], 2, 12)
+    gradients, losses = [], []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of torch, where types do not fit its fast norms
+        for dtype in (torch.float32, torch.bfloat16):
+            one = random_model(CONFIGS[name], 1)
+            loss = Objective(one, dtype)(ids[:, :-1], ids[:, 1:])
+            loss.backward()
+            losses.append(loss.item())
+            gradients.append(all_gradients(one))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    assert gradients[0].keys() == dict(one.named_parameters()).keys()
+    for of, gradient in gradients[1].items():
+        assert gradient.dtype is torch.float32
+        if not of.endswith("key.bias"):
+            assert (gradient - gradients[0][of]).norm() < 0.05 * gradients[0][of].norm(), of
+
+
+@pytest.mark.parametrize("windows", [(), (3, None)], ids=["all", "windows"])
+def test_documents_side_by_side_lose_what_each_loses_alone(windows: tuple[int | None, ...]) -> None:
     """With positions that are relative, so that a document is the same wherever it stands in a row."""
     config = ModelConfig(
         **{"family": "gpt2", "vocab_size": VOCAB, "context": 12, "layers": 2, "width": 16, "heads": 2, "kv_heads": 2},
         head_dim=8,
         mlp_width=32,
         position="rope",
+        windows=windows,
     )
     one: Transformer = random_model(config, 3)
     for parameter in one.parameters():
