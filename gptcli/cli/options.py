@@ -87,6 +87,7 @@ LogitBias = Annotated[
 ]
 Stop = Annotated[list[str] | None, typer.Option("--stop", metavar="TEXT", help="End before this string; repeatable.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Never use the network.")]
+Pull = Annotated[bool, typer.Option("--pull", help="Get the model from the Hub if it is not here.")]
 
 
 QUANTIZE = ("none", "int8", "int4")
@@ -96,6 +97,10 @@ def common(
     json_: Json = False, format: Format = None, quiet: Quiet = False, verbose: Verbose = False, color: Color = "auto"
 ) -> None:
     """The options that every command takes; ``Output.configure`` reads them."""
+
+
+def fetching(pull: Pull = False, offline: Offline = False) -> None:
+    """The options of every command that takes a model; the program itself acts on ``--pull`` before the command."""
 
 
 _SOURCES = ("DEFAULT", "DEFAULT_MAP", "ENVIRONMENT", "COMMANDLINE")
