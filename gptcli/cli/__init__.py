@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -119,13 +119,12 @@ class LeafCommand(TyperCommand):
         elif typed == "json_":
             ctx.params["format"] = None
         common = {param.name: ctx.params.pop(param.name) for param in self._common}
-        fetching = {param.name: ctx.params.pop(param.name) for param in self._fetching}
         if "format" not in common:  # the command has formats of its own, and checks them itself
             common.update(format=ctx.params["format"], formats=None)
         ctx.find_object(Output).configure(**common)
         try:
-            if fetching.get("pull"):
-                _pull(ctx, fetching)
+            if self._fetching:
+                _pull(ctx, [param.name for param in self._fetching])
             return super().invoke(ctx)
         except BrokenPipeError:  # Typer would exit with 1
             raise _ReaderGoneError from None
@@ -202,7 +201,7 @@ def _common_params() -> list[Any]:
 _MODELS = ("model", "name", "draft_model", "init_from")
 
 
-def _fetching_params(own: set[str | None]) -> list[Any]:
+def _fetching_params(own: Set[str]) -> list[Any]:
     """``--pull`` for a command that takes a model and has none of its own, and ``--offline``."""
     if "pull" in own or not ("init_from" in own or {"model", "offline"} <= own):
         return []
@@ -211,14 +210,19 @@ def _fetching_params(own: set[str | None]) -> list[Any]:
     return [param for param in _params_of(options.fetching) if param.name not in own]
 
 
-def _pull(ctx: Any, fetching: Mapping[str, Any]) -> None:
-    offline = fetching.get("offline", ctx.params.get("offline", False))
-    if offline:
-        raise UsageError("--pull and --offline contradict each other", "give one of them")
-    from gptcli.cli.models_pull import get_if_missing
+def _pull(ctx: Any, added: Sequence[str]) -> None:
+    """Act on ``--pull``, and take the options that the command does not know out of its way."""
+    from gptcli.cli.options import refuse_offline
 
-    for option in _MODELS:
-        if (name := ctx.params.get(option)) != "none":  # no draft
+    refuse_offline(ctx, "pull")
+    pull, offline = ctx.params["pull"], ctx.params["offline"]
+    for name in added:
+        del ctx.params[name]
+    names = [name for option in _MODELS if (name := ctx.params.get(option)) not in (None, "none")]  # none: no draft
+    if pull and names:
+        from gptcli.cli.models_pull import get_if_missing
+
+        for name in names:
             get_if_missing(name, offline=offline, out=ctx.find_object(Output))
 
 

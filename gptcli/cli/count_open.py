@@ -51,14 +51,14 @@ def find_config(name: str, out: Output) -> Counted:
     return Counted(found.name, config)
 
 
-def find_remote(revision: str | None) -> Callable[[str], Counted]:
+def find_remote(revision: str | None, offline: bool) -> Callable[[str], Counted]:
     """A look-up on the Hub: the configuration and the headers of the weights, some kilobytes of range requests."""
     from gptcli.hub.headers import read_remote
     from gptcli.hub.reach import Hub
     from gptcli.spec.library import hub_name
     from gptcli.spec.match import match
 
-    hub = Hub()
+    hub = Hub(offline=offline)
 
     def find(name: str) -> Counted:
         hub_id, behind = hub_name(name)

@@ -77,6 +77,8 @@ def count_params(
     out: Output = ctx.obj
     shown = options.choice("--format", format or "table", FORMATS)
     options.choice("--by", by, BY)
+    for name in ("pull", "remote"):
+        options.refuse_offline(ctx, name)
     names = models or [model or DEFAULT_MODEL]
     find = _finder(names, remote, revision, pull, offline, out)
     _refuse_mixtures(ctx, diff, check, beyond=memory or flops or gpus is not None)
@@ -97,8 +99,6 @@ Find = Callable[[str], Counted]
 
 def _finder(names: Sequence[str], remote: bool, revision: str | None, pull: bool, offline: bool, out: Output) -> Find:
     """How a name is looked up: here, here or else fetched (``--pull``), or on the Hub without fetching."""
-    if (pull or remote) and offline:
-        raise UsageError(f"--{'remote' if remote else 'pull'} and --offline contradict each other", "give one of them")
     if pull and remote:
         raise UsageError("--pull gets a model, --remote looks at it where it is", "give one of them")
     if revision and not remote:
@@ -106,7 +106,7 @@ def _finder(names: Sequence[str], remote: bool, revision: str | None, pull: bool
     if remote:
         from gptcli.cli.count_open import find_remote
 
-        return find_remote(revision)
+        return find_remote(revision, offline)
     if pull:
         from gptcli.cli.models_pull import get_if_missing
 

@@ -55,13 +55,10 @@ def pull(
         out.data(told["folder"])
 
 
-def get_if_missing(name: str | None, *, offline: bool, out: Output) -> None:
+def get_if_missing(name: str, *, offline: bool, out: Output) -> None:
     """What ``--pull`` does: get a model from the Hub if its name leads to nothing here."""
-    if name is None:
-        return
     try:
         resolve(name)
-        return
     except NotFoundError as missing:
         hub_id, revision = hub_name(name)
         if "/" not in hub_id or name.startswith((".", "/", "~")):

@@ -121,6 +121,15 @@ def strength(ctx: Any, name: str) -> int:
     return _SOURCES.index(source) if source in _SOURCES else len(_SOURCES)
 
 
+def refuse_offline(ctx: Any, name: str) -> None:
+    """Raise UsageError where ``--offline`` was typed beside an option that asks for the network.
+
+    One of them from the settings is no contradiction: ``--offline`` there forbids what would be fetched.
+    """
+    if all(ctx.params.get(option) and strength(ctx, option) == TYPED for option in (name, "offline")):
+        raise UsageError(f"--{name} and --offline contradict each other", "give one of them")
+
+
 def check_seed(seed: int | None) -> None:
     """Raise UsageError for a seed that the noise, or torch's generator, does not take."""
     if seed is not None and not 0 <= seed < 2**63:

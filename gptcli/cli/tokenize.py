@@ -128,7 +128,7 @@ def _open(model: str | None, encoding: str | None, pull: bool, out: Output) -> T
         return Tokenizer.from_encoding(encoding, download=pull and not hub_is_offline())
     from gptcli.cli.opening import find, open_tokenizer
 
-    if pull:
+    if pull and model:
         from gptcli.cli.models_pull import get_if_missing
 
         get_if_missing(model, offline=False, out=out)

@@ -169,7 +169,7 @@ def _bring(hub: Hub, plan: Plan, wanted: Wanted, stop: threading.Event, progress
             credit[0] -= known
             progress(name, count - known)
 
-        fetch(hub, plan.listing, file, blob, lock, stop, moved)
+        fetch(hub, plan.listing, file, blob, lock=lock, stop=stop, progress=moved)
     hub.link(plan.listing, name, str(plan.repo.parent))
     if not wanted.whole and not file.digest:
         progress(name, (file.size or 0) - wanted.here)

@@ -169,9 +169,9 @@ class Hub:
         if isinstance(error, errors.EntryNotFoundError) and status is not None:
             return NotFoundError(f"{name} has no file {file} in revision {revision}", f"see {page}")
         if status == 401 and sent and not isinstance(error, errors.RepositoryNotFoundError):
-            return AccessError("the Hub does not take the token", "make a new one, and set HF_TOKEN or `hf auth login`")
+            return AccessError("the Hub does not take the token", f"make a new one, then {_HOW_TO_TELL}")
         if isinstance(error, errors.RepositoryNotFoundError):
-            hint = "check the name" + ("" if sent else "; for a private or gated one set HF_TOKEN, or `hf auth login`")
+            hint = "check the name" + ("" if sent else f"; for a private or gated one {_HOW_TO_TELL}")
             message = f"there is no public model {name} on {self.endpoint}"
             return NotFoundError(message + (", nor one that the token may see" if sent else ""), hint)
         if status in (401, 403):
@@ -193,6 +193,7 @@ class Hub:
         return None
 
 
+_HOW_TO_TELL = "set HF_TOKEN, or run `hf auth login`"
 _ROADS = "check the connection, HF_ENDPOINT, and HTTPS_PROXY if there is a proxy"
 
 

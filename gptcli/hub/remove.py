@@ -48,7 +48,8 @@ def plan_removal(hub_id: str, commit: str | None) -> Removal:
 
 
 def _size(folder: Path) -> int:
-    return sum(file.lstat().st_size for file in folder.rglob("*") if file.is_file() and not file.is_symlink())
+    blobs = folder / "blobs"
+    return sum(file.lstat().st_size for file in blobs.glob("*") if file.is_file() and not file.is_symlink())
 
 
 def _remove_all(execute: Callable[[], None], folder: Path) -> None:

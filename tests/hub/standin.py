@@ -12,8 +12,8 @@ import json
 import re
 import socket
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -69,7 +69,10 @@ class StandIn:
         self.repos: dict[str, Repo] = {}
         self.requests: list[Request] = []
         self.changed: dict[str, bytes] = {}  # file -> the bytes that are served instead
-        self.breaks: dict[str, int] = {}  # file -> bytes of a body after which the connection ends
+        # file -> bytes of a body after which the connection ends (None: never), of one answer after the other; the
+        # last goes on.
+        self.breaks: dict[str, list[int | None]] = {}
+        self.holds: dict[str, tuple[int, Callable[[], None]]] = {}  # file -> what is called after so many bytes
         self.status: dict[str, int] = {}  # file -> an error that the CDN or Hub answers its GET with
         self.no_ranges = False
         self.hub = self.cdn = ""
@@ -171,25 +174,34 @@ class _Handler(BaseHTTPRequestHandler):
                 return
             status, headers = 206, {**headers, "Content-Range": f"bytes {begin}-{end - 1}/{len(data)}"}
             data = data[begin:end]
-        self._send(status, data, headers, self.standin.breaks.get(file) if self.command == "GET" else None)
+        self._send(status, data, headers, file if self.command == "GET" else "")
 
     def _refuse(self, status: int, code: str, message: str) -> None:
         headers = {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {})
         self._send(status, json.dumps({"error": message}).encode(), headers)
 
-    def _send(self, status: int, body: bytes, headers: Mapping[str, str], breaks_after: int | None = None) -> None:
+    def _send(self, status: int, body: bytes, headers: Mapping[str, str], file: str = "") -> None:
         self.send_response(status)
         for name, value in {**headers, "Content-Length": str(len(body))}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command == "HEAD":
             return
-        broken = breaks_after is not None and breaks_after < len(body)
-        self.wfile.write(body[:breaks_after] if broken else body)
-        if broken:
+        begun = 0
+        if file in self.standin.holds:
+            begun, act = self.standin.holds[file]
+            self.wfile.write(body[:begun])
             self.wfile.flush()
-            self.connection.shutdown(socket.SHUT_RDWR)
-            self.close_connection = True
+            act()
+        breaks = self.standin.breaks.get(file, [None])
+        with self.standin.lock:
+            length = breaks.pop(0) if len(breaks) > 1 else breaks[0]
+        with suppress(ConnectionError):  # whoever asked may be gone
+            self.wfile.write(body[begun:length])
+            if length is not None and length < len(body):
+                self.wfile.flush()
+                self.connection.shutdown(socket.SHUT_RDWR)
+                self.close_connection = True
 
 
 @contextmanager
