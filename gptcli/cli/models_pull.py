@@ -14,7 +14,7 @@ from gptcli.cli import options
 from gptcli.cli.out import Output, harmless
 from gptcli.cli.units import byte_text
 from gptcli.errors import NotFoundError, UsageError
-from gptcli.spec.library import hub_name, resolve, shipped_folder
+from gptcli.spec.library import hub_name, is_hub_id, resolve, shipped_folder
 
 if TYPE_CHECKING:
     from gptcli.hub.pull import Plan
@@ -59,11 +59,11 @@ def get_if_missing(name: str, *, offline: bool, out: Output) -> None:
     """What ``--pull`` does: get a model from the Hub if its name leads to nothing here."""
     try:
         resolve(name)
-    except NotFoundError as missing:
+    except NotFoundError:
         hub_id, revision = hub_name(name)
-        if "/" not in hub_id or name.startswith((".", "/", "~")):
-            raise missing from None
-    get(hub_id, revision, out, offline=offline)
+        if "/" not in hub_id or not is_hub_id(hub_id):
+            raise
+        get(hub_id, revision, out, offline=offline)
 
 
 def get(

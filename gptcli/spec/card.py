@@ -53,7 +53,8 @@ def tokenizer_kind(folder: Path) -> str | None:
 
 
 def _plain(value: str) -> str:
-    value = value.strip()
+    """A YAML scalar without its quotes and the comment behind it; nothing for what is none."""
+    value = re.sub(r"(^|\s+)#.*", "", value.strip())
     if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'":
         return value[1:-1]
-    return "" if value.startswith(("{", "&", "|", ">")) else re.sub(r"\s+#.*", "", value)
+    return "" if value.startswith(("{", "&", "|", ">")) else value
