@@ -18,6 +18,7 @@ from gptcli.hub.reach import Hub, Listing, RemoteFile, is_of_transport
 
 # Seconds between tries that bring no byte; after the last the fetch is given up.
 PAUSES = (1.0, 2.0, 4.0, 8.0)
+MOST_OVER_HTTP = 50_000_000_000  # bytes; the Hub hands out larger files in pieces alone, which its own library joins
 _SILENCE = 30.0  # seconds without a byte until a connection counts as broken
 _PASSING = (408, 429, 500, 502, 503, 504)
 
@@ -54,18 +55,30 @@ def fetch(
             digest = _complete(hub, listing, file, partial, stop, progress)
         if digest != file.digest:
             partial.unlink()
-            raise CorruptError(
-                f"{file.name} came with the hash {digest[:16]}..., not {str(file.digest)[:16]}...: it was thrown away",
-                "try again; if it stays so, the Hub, a mirror or a proxy changes the file",
-            )
+            raise refuse(file, digest)
         partial.replace(blob)  # also over one of another size
 
 
-def digest_of(file: RemoteFile, size: int) -> Any:
-    """The hash object that a file of so many bytes is to be fed to."""
+def digest_of(file: RemoteFile, place: Path, stop: Event | None = None) -> str:
+    """The hash of a file on the disk, of the kind that the Hub has of it. Raises Stopped when told to."""
     if file.kind == "sha256":
-        return hashlib.sha256()
-    return hashlib.sha1(f"blob {size}\0".encode(), usedforsecurity=False)
+        digest: Any = hashlib.sha256()
+    else:
+        digest = hashlib.sha1(f"blob {place.stat().st_size}\0".encode(), usedforsecurity=False)
+    with place.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            if stop is not None and stop.is_set():
+                raise Stopped
+            digest.update(block)
+    return str(digest.hexdigest())
+
+
+def refuse(file: RemoteFile, digest: str) -> CorruptError:
+    """The error of bytes that are not those which the Hub promised."""
+    return CorruptError(
+        f"{file.name} came with the hash {digest[:16]}..., not {str(file.digest)[:16]}...: it was thrown away",
+        "try again; if it stays so, the Hub, a mirror or a proxy changes the file",
+    )
 
 
 def _complete(hub: Hub, listing: Listing, file: RemoteFile, partial: Path, stop: Event, progress: Progress) -> str:
@@ -93,13 +106,7 @@ def _complete(hub: Hub, listing: Listing, file: RemoteFile, partial: Path, stop:
                 ) from None
             if tries and stop.wait(PAUSES[tries - 1]):
                 raise Stopped
-        digest = digest_of(file, size)
-        stream.seek(0)
-        while block := stream.read(1 << 20):
-            if stop.is_set():
-                raise Stopped
-            digest.update(block)
-    return str(digest.hexdigest())
+    return digest_of(file, partial, stop)
 
 
 def _go_on(hub: Hub, listing: Listing, file: RemoteFile, stream: BinaryIO, stop: Event, progress: Progress) -> None:

@@ -13,7 +13,7 @@ from queue import Queue
 
 from gptcli.errors import CorruptError, OutputError, UnsupportedError
 from gptcli.hub.choose import choose, is_pickle, read_config_of
-from gptcli.hub.fetch import Stopped, digest_of, fetch
+from gptcli.hub.fetch import MOST_OVER_HTTP, Stopped, digest_of, fetch, refuse
 from gptcli.hub.headers import read_tensors
 from gptcli.hub.reach import Hub, Listing, RemoteFile
 from gptcli.spec.library import repo_folder
@@ -159,8 +159,9 @@ def _bring(hub: Hub, plan: Plan, wanted: Wanted, stop: threading.Event, progress
     pointer = plan.folder / name
     if pointer.exists() and wanted.whole:
         return
-    if file.digest and not wanted.whole:
-        blob = plan.repo / "blobs" / file.digest
+    ours = file.digest is not None and (file.size or 0) <= MOST_OVER_HTTP
+    if ours and not wanted.whole:
+        blob = plan.repo / "blobs" / str(file.digest)
         lock = plan.repo.parent / ".locks" / plan.repo.name / f"{file.digest}.lock"
         credit = [wanted.here]  # counted already
 
@@ -171,8 +172,12 @@ def _bring(hub: Hub, plan: Plan, wanted: Wanted, stop: threading.Event, progress
 
         fetch(hub, plan.listing, file, blob, lock=lock, stop=stop, progress=moved)
     hub.link(plan.listing, name, str(plan.repo.parent))
-    if not wanted.whole and not file.digest:
+    if not wanted.whole and not ours:  # it came through huggingface_hub
         progress(name, (file.size or 0) - wanted.here)
+        if file.digest and (digest := digest_of(file, pointer, stop)) != file.digest:
+            pointer.resolve().unlink()
+            pointer.unlink(missing_ok=True)
+            raise refuse(file, digest)
 
 
 def _state(repo: Path, listing: Listing, file: RemoteFile) -> Wanted:
@@ -196,11 +201,7 @@ def _discard_if_wrong(repo: Path, listing: Listing, file: RemoteFile) -> None:
     place = _place(repo, listing, file)
     if not file.digest or not place.is_file():
         return
-    digest = digest_of(file, place.stat().st_size)
-    with place.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    if digest.hexdigest() != file.digest:
+    if digest_of(file, place) != file.digest:
         place.unlink()
 
 

@@ -270,6 +270,23 @@ def test_bytes_of_another_hash_are_3_and_thrown_away(
     assert run("models", "verify", NAME).code == 0
 
 
+def test_what_is_too_large_for_http_is_left_to_the_library_and_hashed(
+    run: Run, hub: StandIn, tiny: str, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gptcli.hub.pull.MOST_OVER_HTTP", 1000)
+    data = files[WEIGHTS]
+    hub.changed[WEIGHTS] = data[:-1] + bytes([data[-1] ^ 1])
+    refused(run("models", "pull", NAME, "--json"), 3, WEIGHTS, "thrown away")
+    refused(run("generate", "-m", NAME, "x"), 3)
+    hub.changed.clear()
+    assert run("models", "pull", NAME, "--json").json["files"][1] == {
+        "name": WEIGHTS,
+        "bytes": len(data),
+        "fetched": True,
+    }
+    assert run("models", "verify", NAME).code == 0
+
+
 def test_ctrl_c_is_130_and_what_is_there_stays(
     run: Run, hub: StandIn, tiny: str, files: dict[str, bytes], tmp_path: Path
 ) -> None:

@@ -213,7 +213,8 @@ def serving() -> Iterator[StandIn]:
         handler = type("Handler", (_Handler,), {"standin": standin, "host": host})
         server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         server.daemon_threads = True
-        setattr(standin, host, f"http://127.0.0.1:{server.server_port}")
+        # By another name, too: some versions of huggingface_hub tell hosts apart by that alone.
+        setattr(standin, host, f"http://{'127.0.0.1' if host == 'hub' else 'localhost'}:{server.server_port}")
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         servers.append(server)
     try:
