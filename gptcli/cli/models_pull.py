@@ -5,19 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from gptcli.cli import options
-from gptcli.cli.out import Output, harmless
+from gptcli.cli.out import Output
 from gptcli.cli.units import byte_text
 from gptcli.errors import NotFoundError, UsageError
 from gptcli.spec.library import hub_name, is_hub_id, resolve, shipped_folder
 
 if TYPE_CHECKING:
     from gptcli.hub.pull import Plan
+
+_WORTH_A_BAR = 10_000_000  # bytes; smaller files are gone before they are seen
 
 
 def pull(
@@ -125,15 +126,17 @@ def _bar(out: Output, plan: Plan) -> Iterator[Callable[[str, int], None]]:
         yield lambda name, count: None
         return
     from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-    from rich.text import Text
+    from rich.table import Column
 
+    wide = out.console(stderr=True).width >= 90
     columns = [
-        TextColumn("{task.fields[label]}", markup=False),
-        BarColumn(bar_width=24),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(compact=True),
+        TextColumn("{task.fields[label]}", markup=False, table_column=Column(no_wrap=True)),
+        BarColumn(bar_width=24 if wide else 8),
+        DownloadColumn(table_column=Column(no_wrap=True)),
+        *([TransferSpeedColumn(table_column=Column(no_wrap=True))] if wide else []),
+        TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),
     ]
+    longest = 40 if wide else 20
     sizes = {wanted.file.name: wanted for wanted in plan.files if not wanted.whole}
     with out.progress(columns) as shown:
         total = shown.add_task("", label="all", total=plan.bytes, completed=plan.bytes - plan.bytes_to_fetch)
@@ -142,8 +145,8 @@ def _bar(out: Output, plan: Plan) -> Iterator[Callable[[str, int], None]]:
         def progress(name: str, count: int) -> None:
             wanted = sizes[name]
             size = wanted.file.size or 0
-            if name not in tasks and size >= 10_000_000:  # small ones are gone before they are seen
-                label = Text(harmless(Path(name).name)).plain[-40:]
+            if name not in tasks and size >= _WORTH_A_BAR:
+                label = name if len(name) <= longest else "…" + name[1 - longest :]
                 tasks[name] = shown.add_task("", label=label, total=size, completed=wanted.here)
             shown.advance(total, count)
             if name in tasks:

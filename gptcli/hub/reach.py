@@ -14,6 +14,7 @@ from typing import Any, Literal
 from gptcli.errors import AccessError, CorruptError, GptcliError, NetworkError, NotFoundError, UsageError
 from gptcli.spec.library import hub_is_offline, is_hub_id
 
+_HUB = "https://huggingface.co"  # where HF_ENDPOINT is set to nothing
 _TIMEOUT = 30.0  # seconds until a server that says nothing counts as gone
 _HEX = {40: "sha1", 64: "sha256"}
 
@@ -59,7 +60,7 @@ class Hub:
             raise NotFoundError(message, "pip install 'gptcli[hub]'") from None
         logging.set_verbosity_error()  # gptcli says itself what is wrong, and shows its own bar
         disable_progress_bars()
-        self.endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
+        self.endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT or _HUB).rstrip("/")
         self._api = HfApi(endpoint=self.endpoint, library_name="gptcli")
         self.session: Any = get_session()
 
