@@ -71,9 +71,13 @@ class LeafCommand(TyperCommand):
         super().__init__(name, **settings)
         own = {param.name for param in self.params}
         self._fetching = _fetching_params(own)
-        for param in self._fetching:
-            place = [known.name for known in self.params].index("offline") if "offline" in own else len(self.params)
-            self.params.insert(place, param)
+        for place, beside in enumerate(self.params):
+            if self._fetching and beside.name in ("offline", "init_from"):
+                for param in self._fetching:
+                    param.rich_help_panel = getattr(beside, "rich_help_panel", None)
+                place += beside.name != "offline"
+                self.params[place:place] = self._fetching
+                break
         self._common = [param for param in _common_params() if param.name not in own]
         self.params += self._common
         params: list[Any] = self.params  # they have attributes that their declared type lacks
