@@ -65,6 +65,18 @@ class CorruptError(GptcliError):
     exit_code = ExitCode.NOT_FOUND
 
 
+class NetworkError(GptcliError):
+    """A server that can't be reached, breaks off, or has no time; the same command may succeed later."""
+
+    exit_code = ExitCode.NOT_FOUND
+
+
+class AccessError(GptcliError):
+    """Something that is there, but not for whoever asks: a gated or private model, a token that does not count."""
+
+    exit_code = ExitCode.NOT_FOUND
+
+
 class UnsupportedError(GptcliError):
     """A well-formed model or tokenizer that asks for something gptcli does not have."""
 

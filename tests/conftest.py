@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ import pytest
 
 if TYPE_CHECKING:
     from gptcli.core.native_build import Library
+    from tests.hub.standin import StandIn
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "data" / "golden"
@@ -92,6 +93,24 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         files={"tokenizer.json": tiny_tokenizer()},
     )
     return folder
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
+    """A stand-in for the Hub, which this process and those that it starts take for it; the cache is ``tmp_path/hf``."""
+    import huggingface_hub
+    import huggingface_hub.constants
+
+    from tests.hub.standin import serving
+
+    with serving() as standin:
+        monkeypatch.setenv("HF_ENDPOINT", standin.hub)
+        monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+        monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)  # read when it was imported
+        yield standin
+        huggingface_hub.close_session()
 
 
 @pytest.fixture(scope="session")

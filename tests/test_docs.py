@@ -19,9 +19,12 @@ from gptcli.errors import ExitCode, UnsupportedError
 from gptcli.spec.config import from_hf
 from gptcli.text.transcript import SCENE
 from tests.conftest import ROOT, Gptcli
+from tests.hub.standin import StandIn
 
 REFERENCE = (ROOT / "docs" / "reference.md").read_text()
 README = (ROOT / "README.md").read_text()
+
+_VARIABLES = {"HF_HOME", "HF_HUB_CACHE", "HF_ENDPOINT", "HF_TOKEN", "HF_HUB_OFFLINE", "HTTPS_PROXY", "NO_PROXY"}
 
 
 def documented(section: str) -> set[str]:
@@ -281,8 +284,19 @@ def shell_blocks(text: str) -> list[str]:
     return [block for block in re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL) if "pip install" not in block]
 
 
+def test_pull_fields(gptcli: Gptcli, hub: StandIn, tiny_folder: Path) -> None:
+    hub.add("owner/tiny", tiny_folder)
+    (pulled,) = objects(gptcli("models", "pull", "owner/tiny", "--json").stdout)
+    assert documented("models pull ID") - _VARIABLES == set(pulled)
+    (removed,) = objects(gptcli("models", "rm", "owner/tiny", "--yes", "--json").stdout)
+    told = set(re.findall(r"`([a-z_]+)`", REFERENCE.split("\n#### models pull ID\n")[1].split("\n### ")[0]))
+    assert names_in([pulled, removed]) <= told
+
+
 @pytest.mark.parametrize("block", shell_blocks(README))
-def test_the_examples_are_executed(block: str, tmp_path: Path, tiny_folder: Path) -> None:
+def test_the_examples_are_executed(
+    block: str, tmp_path: Path, tiny_folder: Path, request: pytest.FixtureRequest
+) -> None:
     """In a folder that holds the files which they name, and with little patience for training."""
     if "-e gpt2" in block and not os.environ.get("TIKTOKEN_CACHE_DIR"):
         pytest.skip("needs tiktoken's vocabularies in TIKTOKEN_CACHE_DIR")
@@ -297,6 +311,10 @@ def test_the_examples_are_executed(block: str, tmp_path: Path, tiny_folder: Path
     shutil.copytree(tiny_folder, tmp_path / "path" / "to" / "folder")
     quick = block.replace("--minutes 30", "--steps 1 --layers 1 --width 16 --context 32 --batch-tokens 64")
     assert quick == block or "train" in block
+    if "models pull" in block:
+        hub: StandIn = request.getfixturevalue("hub")
+        for name in ("openai-community/gpt2", "distilbert/distilgpt2"):
+            hub.add(name, tiny_folder)
     done = run_script(quick.replace("--vocab-size 4096", "--vocab-size 300"), tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()

@@ -25,10 +25,11 @@ MAY_KNOW = {
     "errors": set[str](),
     "text": {"errors", "text"},
     "spec": {"errors", "spec"},
+    "hub": {"errors", "spec", "hub"},
     "core": {"errors", "text", "spec", "core"},
     "train": {"errors", "text", "spec", "core", "train"},
     "serve": {"errors", "text", "spec", "core", "serve"},
-    "cli": {"errors", "text", "spec", "core", "train", "serve", "cli", "__version__"},
+    "cli": {"errors", "text", "spec", "hub", "core", "train", "serve", "cli", "__version__"},
     "__init__": set[str](),
     "__main__": {"cli"},
 }
@@ -225,6 +226,16 @@ def test_torch_is_imported_only_in_core_and_train_and_there_at_the_top() -> None
     users = {module for module, where in places.items() if where}
     assert {layer(module) for module in users} == {"core", "train"}
     assert all(places[module] == {"module"} for module in users)
+
+
+def test_only_the_hub_imports_huggingface_hub_and_only_when_it_is_asked() -> None:
+    places = {
+        module: {where for name, where in imports(tree, module) if top(name) == "huggingface_hub"}
+        for module, tree in TREES.items()
+    }
+    users = {module for module, where in places.items() if where}
+    assert {layer(module) for module in users} == {"hub"}
+    assert all(places[module] == {"body"} for module in users)
 
 
 @pytest.mark.parametrize("module", sorted(of_layers("text", "spec", "errors")))

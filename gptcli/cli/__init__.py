@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -41,10 +41,12 @@ COMMANDS: dict[str, Entry] = {
     "plot": Entry("Draw or compare the curves of training runs.", "gptcli.cli.plot:plot"),
     "serve": Entry("Keep a model warm for all commands, and serve OpenAI's API.", "gptcli.cli.serve:serve"),
     "models": Entry(
-        "See which models are here, check and prepare them.",
+        "See which models are here; get, check and prepare them.",
         {
             "list": Entry("List the models on this machine.", "gptcli.cli.models:list_models"),
-            "show": Entry("Show one model: its shape, size and files.", "gptcli.cli.models:show_model"),
+            "show": Entry("Show one model: its card, shape, size and files.", "gptcli.cli.models:show_model"),
+            "pull": Entry("Get a model from the Hub.", "gptcli.cli.models_pull:pull"),
+            "rm": Entry("Remove a model from the Hub's cache.", "gptcli.cli.models_remove:remove"),
             "verify": Entry("Check a model's files against its hashes and headers.", "gptcli.cli.models:verify_model"),
             "prepare": Entry(
                 "Build once what makes a model fast on this machine.", "gptcli.cli.models_prepare:prepare"
@@ -70,6 +72,14 @@ class LeafCommand(TyperCommand):
     def __init__(self, name: str | None, **settings: Any) -> None:
         super().__init__(name, **settings)
         own = {param.name for param in self.params}
+        self._fetching = _fetching_params(own)
+        for place, beside in enumerate(self.params):
+            if self._fetching and beside.name in ("offline", "init_from"):
+                for param in self._fetching:
+                    param.rich_help_panel = getattr(beside, "rich_help_panel", None)
+                place += beside.name != "offline"
+                self.params[place:place] = self._fetching
+                break
         self._common = [param for param in _common_params() if param.name not in own]
         self.params += self._common
         params: list[Any] = self.params  # they have attributes that their declared type lacks
@@ -119,6 +129,8 @@ class LeafCommand(TyperCommand):
             common.update(format=ctx.params["format"], formats=None)
         ctx.find_object(Output).configure(**common)
         try:
+            if self._fetching:
+                _pull(ctx, [param.name for param in self._fetching])
             return super().invoke(ctx)
         except BrokenPipeError:  # Typer would exit with 1
             raise _ReaderGoneError from None
@@ -188,8 +200,41 @@ def _group(name: str, entries: Mapping[str, Entry]) -> type[LazyGroup]:
 def _common_params() -> list[Any]:
     from gptcli.cli import options
 
+    return _params_of(options.common)
+
+
+# Options whose value is a MODEL, in commands that know --offline; in train there is none else.
+_MODELS = ("model", "name", "draft_model", "init_from")
+
+
+def _fetching_params(own: Set[str]) -> list[Any]:
+    """``--pull`` for a command that takes a model and has none of its own, and ``--offline``."""
+    if "pull" in own or not ("init_from" in own or {"model", "offline"} <= own):
+        return []
+    from gptcli.cli import options
+
+    return [param for param in _params_of(options.fetching) if param.name not in own]
+
+
+def _pull(ctx: Any, added: Sequence[str]) -> None:
+    """Act on ``--pull``, and take the options that the command does not know out of its way."""
+    from gptcli.cli.options import refuse_offline
+
+    refuse_offline(ctx, "pull")
+    pull, offline = ctx.params["pull"], ctx.params["offline"]
+    for name in added:
+        del ctx.params[name]
+    names = [name for option in _MODELS if (name := ctx.params.get(option)) not in (None, "none")]  # none: no draft
+    if pull and names:
+        from gptcli.cli.models_pull import get_if_missing
+
+        for name in names:
+            get_if_missing(name, offline=offline, out=ctx.find_object(Output))
+
+
+def _params_of(function: Any) -> list[Any]:
     app = typer.Typer(**_SETTINGS)
-    app.command()(options.common)
+    app.command()(function)
     return list(typer.main.get_command(app).params)
 
 

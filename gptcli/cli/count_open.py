@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,6 +49,29 @@ def find_config(name: str, out: Output) -> Counted:
         return Counted(found.name, config, match_folder(found.folder, config))
     out.note(f"{name} holds no weights; counted from its config.json")
     return Counted(found.name, config)
+
+
+def find_remote(revision: str | None, offline: bool) -> Callable[[str], Counted]:
+    """A look-up on the Hub: the configuration and the headers of the weights, some kilobytes of range requests."""
+    from gptcli.hub.headers import read_remote
+    from gptcli.hub.reach import Hub
+    from gptcli.spec.library import hub_name
+    from gptcli.spec.match import match
+
+    hub = Hub(offline=offline)
+
+    def find(name: str) -> Counted:
+        hub_id, behind = hub_name(name)
+        config, infos = read_remote(hub, hub.listing(hub_id, behind or revision))
+        return Counted(name if behind else hub_id, config, match(infos, config, hub_id))
+
+    return find
+
+
+def is_file(name: str) -> bool:
+    """Whether a name is that of a file here."""
+    path = local_path(name)
+    return path is not None and path.is_file()
 
 
 def only_config(name: str, out: Output) -> Counted:

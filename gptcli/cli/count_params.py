@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import typer
 
 from gptcli.cli import options
-from gptcli.cli.count_open import config_beside, find_config, only_config
+from gptcli.cli.count_open import Counted, config_beside, find_config, is_file, only_config
 from gptcli.cli.count_views import BY, headline, view_csv, view_json, view_markdown, view_text
 from gptcli.cli.out import Output
 from gptcli.errors import UsageError
@@ -57,6 +57,14 @@ def count_params(
         str | None,
         typer.Option("--check", metavar="FILE", help="Whether a file or folder holds what MODEL wants; exit 6 if not."),
     ] = None,
+    remote: Annotated[
+        bool, typer.Option("--remote", help="Models on the Hub, by their headers alone: nothing is downloaded.")
+    ] = False,
+    revision: Annotated[
+        str | None, typer.Option("--revision", metavar="REV", help="Of --remote: a branch, a tag or a commit.")
+    ] = None,
+    pull: options.Pull = False,
+    offline: options.Offline = False,
     format: Annotated[
         str | None, typer.Option("--format", metavar="|".join(FORMATS), help="How to show it; table by default.")
     ] = None,
@@ -64,23 +72,48 @@ def count_params(
     """Report a model's parameters, matrix by matrix.
 
     Presets: gpt1, gpt2, gpt2-medium, gpt2-large, gpt2-xl, gpt3-small, gpt3-medium, gpt3-large, gpt3-xl, gpt3-2.7b,
-    gpt3-6.7b, gpt3-13b, gpt3. No tensor is read.
+    gpt3-6.7b, gpt3-13b, gpt3. No tensor is read; with --remote, the headers of a model on the Hub are.
     """
     out: Output = ctx.obj
     shown = options.choice("--format", format or "table", FORMATS)
     options.choice("--by", by, BY)
+    for name in ("pull", "remote"):
+        options.refuse_offline(ctx, name)
     names = models or [model or DEFAULT_MODEL]
+    find = _finder(names, remote, revision, pull, offline, out)
     _refuse_mixtures(ctx, diff, check, beyond=memory or flops or gpus is not None)
     if diff:
-        _diff(names if models else [], by, shown, out)
+        _diff(names if models else [], by, shown, find, out)
     elif check is not None:
         named = options.strength(ctx, "model") == options.TYPED
-        _check(models or ([model] if model and named else []), check, shown, out)
+        _check(models or ([model] if model and named else []), check, shown, find if remote else None, out)
     else:
         from gptcli.cli.count_paper import Asked
 
         asked = Asked(memory, flops, gpus, context, sequences)
-        _report(names, by, options.strength(ctx, "by") == options.TYPED, asked, shown, out)
+        _report(names, by, options.strength(ctx, "by") == options.TYPED, asked, shown, find, out)
+
+
+Find = Callable[[str], Counted]
+
+
+def _finder(names: Sequence[str], remote: bool, revision: str | None, pull: bool, offline: bool, out: Output) -> Find:
+    """How a name is looked up: here, here or else fetched (``--pull``), or on the Hub without fetching."""
+    if pull and remote:
+        raise UsageError("--pull gets a model, --remote looks at it where it is", "give one of them")
+    if revision and not remote:
+        raise UsageError("--revision is for --remote", "of a model that is here, name owner/name@revision")
+    if remote:
+        from gptcli.cli.count_open import find_remote
+
+        return find_remote(revision, offline)
+    if pull:
+        from gptcli.cli.models_pull import get_if_missing
+
+        for name in names:
+            if name not in NAMES and not is_file(name):
+                get_if_missing(name, offline=offline, out=out)
+    return lambda name: find_config(name, out)
 
 
 def _refuse_mixtures(ctx: typer.Context, diff: bool, check: str | None, *, beyond: bool) -> None:
@@ -98,12 +131,12 @@ def _refuse_mixtures(ctx: typer.Context, diff: bool, check: str | None, *, beyon
         raise UsageError("--context and --sequences say nothing alone", "add --memory, --flops or --gpus SIZE")
 
 
-def _report(names: Sequence[str], by: str, by_typed: bool, asked: Any, format: str, out: Output) -> None:
+def _report(names: Sequence[str], by: str, by_typed: bool, asked: Any, format: str, find: Find, out: Output) -> None:
     """Each model in turn. What is asked beyond parameters takes the table's place, unless ``--by`` asks for both."""
     if asked and by_typed and format == "csv":
         raise UsageError("CSV is one table: either --by, or --memory, --flops and --gpus", "leave one of them out")
     for number, name in enumerate(names):
-        counted = find_config(name, out)
+        counted = find(name)
         report = count(counted.config)
         found, tables = {}, []
         if asked:
@@ -131,23 +164,24 @@ def _report(names: Sequence[str], by: str, by_typed: bool, asked: Any, format: s
             out.data(("\n" if number else "") + "\n\n".join("\n".join(part) for part in parts))
 
 
-def _diff(names: Sequence[str], by: str, format: str, out: Output) -> None:
+def _diff(names: Sequence[str], by: str, format: str, find: Find, out: Output) -> None:
     if len(names) != 2:
         raise UsageError(f"--diff takes two models, not {len(names)}", "gptcli count-params --diff A B")
     from dataclasses import replace
 
     from gptcli.cli.count_compare import show_diff
 
-    a, b = (find_config(name, out) for name in names)
+    a, b = (find(name) for name in names)
     if a.title == b.title:  # two folders of one name
         a, b = (replace(counted, title=name) for counted, name in zip((a, b), names, strict=True))
     show_diff(a, b, by, format, out)
 
 
-def _check(names: Sequence[str], file: str, format: str, out: Output) -> None:
+def _check(names: Sequence[str], file: str, format: str, find: Find | None, out: Output) -> None:
     """Without a name the configuration is the one beside the file."""
     if len(names) > 1:
         raise UsageError(f"--check takes one model, not {len(names)}", "gptcli count-params MODEL --check FILE")
     from gptcli.cli.count_compare import show_check
 
-    show_check(only_config(names[0], out) if names else config_beside(file), file, format, out)
+    known = (find(names[0]) if find else only_config(names[0], out)) if names else config_beside(file)
+    show_check(known, file, format, out)

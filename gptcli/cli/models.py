@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -11,8 +12,9 @@ from gptcli.cli import options
 from gptcli.cli.out import Output, harmless
 from gptcli.cli.units import byte_text
 from gptcli.errors import CheckError, CorruptError, GptcliError, NotFoundError, UnsupportedError
+from gptcli.spec.card import read_card, tokenizer_kind
 from gptcli.spec.config import ModelConfig, read_config
-from gptcli.spec.library import DEFAULT_MODEL, Found, all_models, resolve, verify_hashes
+from gptcli.spec.library import DEFAULT_MODEL, Found, all_models, resolve, revision_of, unfinished, verify_hashes
 from gptcli.spec.match import match_folder, stored_dtype
 from gptcli.spec.params import count_params
 
@@ -29,10 +31,11 @@ Name = Annotated[
 def list_models(ctx: typer.Context) -> None:
     """List the models on this machine.
 
-    Shipped ones and those in the Hub cache; one that gptcli can't run is listed with the reason.
+    Shipped ones and those in the Hub cache; one that gptcli can't run is listed with the reason. Nothing is fetched.
     """
     out: Output = ctx.obj
     entries = [_describe(found) for found in all_models()]
+    entries += [_describe_part(*part) for part in unfinished()]
     if out.json:
         for entry in entries:
             out.record(entry)
@@ -53,22 +56,31 @@ def list_models(ctx: typer.Context) -> None:
 
 
 def show_model(ctx: typer.Context, name: Name = None, model: options.Model = None) -> None:
-    """Show one model: its shape, size and files."""
+    """Show one model: its card, shape, size and files."""
     out: Output = ctx.obj
     found = resolve(name or model or DEFAULT_MODEL)
     config = read_config(found.folder)
     dtype = stored_dtype(match_folder(found.folder, config))
     report = count_params(config)
-    files = {file.name: file.stat().st_size for file in sorted(found.folder.iterdir()) if file.is_file()}
+    card = read_card(found.folder)
+    tokenizer = tokenizer_kind(found.folder)
+    files = {
+        file.relative_to(found.folder).as_posix(): file.stat().st_size
+        for file in sorted(found.folder.rglob("*"))
+        if file.is_file()
+    }
     if out.json:
         out.record(
             {
                 "name": found.name,
                 "source": found.source,
                 "folder": str(found.folder),
+                "revision": revision_of(found),
+                "card": card,
                 "config": config.to_dict(),
                 "parameters": report.total_stored,
                 "dtype": dtype,
+                "tokenizer": tokenizer,
                 "bytes": sum(files.values()),
                 "files": [{"name": file, "bytes": size} for file, size in files.items()],
             }
@@ -77,15 +89,18 @@ def show_model(ctx: typer.Context, name: Name = None, model: options.Model = Non
     facts = {
         "name": found.name,
         "from": f"{found.source}, {found.folder}",
+        **({"revision": revision} if (revision := revision_of(found)) else {}),
+        **{name.replace("_", " "): ", ".join(map(str, value)) for name, value in card.items()},
         "family": config.family,
         "parameters": f"{report.total_stored:,} in {dtype}",
         "shape": f"{config.layers} layers, width {config.width:,}, {config.heads} heads of {config.head_dim}",
         "vocabulary": f"{config.vocab_size:,}",
         "context": f"{config.context:,} tokens",
+        "tokenizer": tokenizer or "none of its own",
         "size": byte_text(sum(files.values())),
     }
     for label, value in facts.items():
-        out.data(f"{out.style(f'{label:<11}', 'bold')} {harmless(value)}")
+        out.data(f"{out.style(f'{label:<12}', 'bold')} {harmless(value)}")
     for file, size in files.items():
         out.data(f"  {harmless(file):<32} {byte_text(size):>9}")
 
@@ -97,7 +112,10 @@ def verify_model(ctx: typer.Context, name: Name = None, model: options.Model = N
     """
     out: Output = ctx.obj
     found = resolve(name or model or DEFAULT_MODEL)
-    hashed = verify_hashes(found.folder)
+    again = "get it again"
+    if found.source == "cache":
+        again = f"`gptcli models pull {found.name} --repair` gets what is wrong again"
+    hashed = verify_hashes(found.folder, again)
     try:
         config = read_config(found.folder)
         tensors = match_folder(found.folder, config)
@@ -125,7 +143,13 @@ def _check_tokenizer(found: Found, config: ModelConfig, out: Output) -> None:
 def _describe(found: Found) -> dict[str, Any]:
     """A model's line in the list; ``problem`` says why it can't be used."""
     size = sum(file.stat().st_size for file in found.folder.glob("*.safetensors"))
-    entry: dict[str, Any] = {"name": found.name, "source": found.source, "folder": str(found.folder), "bytes": size}
+    entry: dict[str, Any] = {
+        "name": found.name,
+        "source": found.source,
+        "folder": str(found.folder),
+        "revision": revision_of(found),
+        "bytes": size,
+    }
     try:
         config = read_config(found.folder)
         dtype = stored_dtype(match_folder(found.folder, config))
@@ -135,6 +159,12 @@ def _describe(found: Found) -> dict[str, Any]:
         return entry | {"problem": error.message}
     parameters = count_params(config).total_stored
     return entry | {"family": config.family, "parameters": parameters, "dtype": dtype, "problem": None}
+
+
+def _describe_part(name: str, folder: Path, size: int) -> dict[str, Any]:
+    problem = f"not whole, `gptcli models pull {name}` goes on"
+    entry = {"name": name, "source": "cache", "folder": str(folder), "revision": None, "bytes": size}
+    return entry | {"problem": problem}
 
 
 def _columns(out: Output, rows: Sequence[tuple[str, ...]]) -> None:

@@ -87,6 +87,7 @@ LogitBias = Annotated[
 ]
 Stop = Annotated[list[str] | None, typer.Option("--stop", metavar="TEXT", help="End before this string; repeatable.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Never use the network.")]
+Pull = Annotated[bool, typer.Option("--pull", help="Get the model from the Hub if it is not here.")]
 
 
 QUANTIZE = ("none", "int8", "int4")
@@ -96,6 +97,10 @@ def common(
     json_: Json = False, format: Format = None, quiet: Quiet = False, verbose: Verbose = False, color: Color = "auto"
 ) -> None:
     """The options that every command takes; ``Output.configure`` reads them."""
+
+
+def fetching(pull: Pull = False, offline: Offline = False) -> None:
+    """The options of every command that takes a model; the program itself acts on ``--pull`` before the command."""
 
 
 _SOURCES = ("DEFAULT", "DEFAULT_MAP", "ENVIRONMENT", "COMMANDLINE")
@@ -114,6 +119,15 @@ def strength(ctx: Any, name: str) -> int:
     """How strong the source of an option's value is; one of the command line has the most, ``TYPED``."""
     source = getattr(ctx.get_parameter_source(name), "name", "DEFAULT")
     return _SOURCES.index(source) if source in _SOURCES else len(_SOURCES)
+
+
+def refuse_offline(ctx: Any, name: str) -> None:
+    """Raise UsageError where ``--offline`` was typed beside an option that asks for the network.
+
+    One of them from the settings is no contradiction: ``--offline`` there forbids what would be fetched.
+    """
+    if all(ctx.params.get(option) and strength(ctx, option) == TYPED for option in (name, "offline")):
+        raise UsageError(f"--{name} and --offline contradict each other", "give one of them")
 
 
 def check_seed(seed: int | None) -> None:

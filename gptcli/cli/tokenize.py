@@ -51,7 +51,7 @@ def tokenize(
     strip: options.Strip = False,
     errors: options.Errors = "strict",
     special: options.Special = "text",
-    pull: Annotated[bool, typer.Option("--pull", help="Download the encoding if it is not cached.")] = False,
+    pull: Annotated[bool, typer.Option("--pull", help="Download the encoding or model if it is not here.")] = False,
     offline: options.Offline = False,
 ) -> None:
     """See, count, cut and split the tokens of a text.
@@ -128,6 +128,10 @@ def _open(model: str | None, encoding: str | None, pull: bool, out: Output) -> T
         return Tokenizer.from_encoding(encoding, download=pull and not hub_is_offline())
     from gptcli.cli.opening import find, open_tokenizer
 
+    if pull and model:
+        from gptcli.cli.models_pull import get_if_missing
+
+        get_if_missing(model, offline=False, out=out)
     return open_tokenizer(find(model), out)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -57,20 +58,29 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     try:
         with file.open("rb") as stream:
             size = os.fstat(stream.fileno()).st_size
-            start = stream.read(8)
-            length = int.from_bytes(start, "little")
-            if len(start) < 8 or length > min(size - 8, _MOST_HEADER_BYTES):
-                _refuse_other_formats(file, start)
-            if len(start) < 8:
-                raise CorruptError(f"{file} has {size} bytes: too short for a safetensors file", _AGAIN)
-            if length > min(size - 8, _MOST_HEADER_BYTES):
-                message = f"{file} declares a header of {length:,} bytes, but the file has {size:,}"
-                raise CorruptError(message, f"it is cut short or not a safetensors file: {_AGAIN}")
-            raw = stream.read(length)
+            raw = stream.read(header_length(file, stream.read(8), size))
     except FileNotFoundError:
         raise NotFoundError(f"there is no {file}", "a model folder holds model.safetensors or its shards") from None
     except OSError as error:
         raise CorruptError(f"{file} can't be read: {error.strerror}", "check the file") from None
+    return parse_header(file, raw, size)
+
+
+def header_length(file: Path, start: bytes, size: int) -> int:
+    """The bytes of a header, from the first 8 of a file of ``size`` bytes; raises like ``read_header``."""
+    length = int.from_bytes(start[:8], "little")
+    if len(start) < 8 or length > min(size - 8, _MOST_HEADER_BYTES):
+        _refuse_other_formats(file, start)
+    if len(start) < 8:
+        raise CorruptError(f"{file} has {size} bytes: too short for a safetensors file", _AGAIN)
+    if length > min(size - 8, _MOST_HEADER_BYTES):
+        message = f"{file} declares a header of {length:,} bytes, but the file has {size:,}"
+        raise CorruptError(message, f"it is cut short or not a safetensors file: {_AGAIN}")
+    return length
+
+
+def parse_header(file: Path, raw: bytes, size: int) -> dict[str, TensorInfo]:
+    """The tensors that the JSON of a header declares, of a file of ``size`` bytes; raises like ``read_header``."""
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates)
     except _DuplicateName as error:
@@ -80,8 +90,9 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     if not isinstance(header, dict):
         raise CorruptError(f"the header of {file} is not an object", _AGAIN)
     header.pop("__metadata__", None)
-    tensors = {name: _tensor_info(file, name, entry, 8 + length) for name, entry in header.items()}
-    _check_layout(file, tensors, 8 + length, size)
+    base = 8 + len(raw)
+    tensors = {name: _tensor_info(file, name, entry, base) for name, entry in header.items()}
+    _check_layout(file, tensors, base, size)
     return tensors
 
 
@@ -102,17 +113,35 @@ def read_folder(folder: Path) -> dict[str, TensorInfo]:
 def read_index(index: Path) -> dict[str, TensorInfo]:
     """The tensors of the shards that an ``index.json`` names; raises like ``read_folder``."""
     try:
-        weight_map = json.loads(index.read_bytes())["weight_map"]
-        files = {str(name): str(shard) for name, shard in weight_map.items()}
+        raw = index.read_bytes()
     except FileNotFoundError:
         raise NotFoundError(f"there is no {index}", "check the path") from None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except OSError:
         raise CorruptError(f"{index} is not an index with a weight_map", _AGAIN) from None
-    tensors: dict[str, TensorInfo] = {}
+    files = parse_index(index, raw)
+    return join_shards(
+        index, files, {shard: read_header(index.parent / shard) for shard in dict.fromkeys(files.values())}
+    )
+
+
+def parse_index(index: Path, raw: bytes) -> dict[str, str]:
+    """The shard of each tensor, from an index's JSON. Raises CorruptError, also for a shard that is not beside it."""
+    try:
+        files = {str(name): str(shard) for name, shard in json.loads(raw)["weight_map"].items()}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise CorruptError(f"{index} is not an index with a weight_map", _AGAIN) from None
     for shard in dict.fromkeys(files.values()):
         if Path(shard).name != shard or not shard.isprintable():
             raise CorruptError(f"{index} names {shard!r}, which is not beside it", _AGAIN)
-        header = read_header(index.parent / shard)
+    return files
+
+
+def join_shards(
+    index: Path, files: Mapping[str, str], headers: Mapping[str, Mapping[str, TensorInfo]]
+) -> dict[str, TensorInfo]:
+    """The tensors of all shards. Raises CorruptError where the index and a shard's header do not agree."""
+    tensors: dict[str, TensorInfo] = {}
+    for shard, header in headers.items():
         promised = {name for name, file in files.items() if file == shard}
         if promised != header.keys():
             names = ", ".join(sorted(promised ^ header.keys())[:5])

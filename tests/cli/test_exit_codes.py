@@ -44,7 +44,7 @@ SITUATIONS = [
     Situation("format", "models list --format csv", 2, "usage", "csv"),
     Situation("color", "models list --color maybe", 2, "usage", "maybe"),
     Situation("unknown model", "tokenize -m gpt2-medum x", 3, "not_found", "did you mean gpt2-medium"),
-    Situation("not cached", "tokenize -m nobody/nothing x", 3, "not_found", "hf download nobody/nothing"),
+    Situation("not cached", "tokenize -m nobody/nothing x", 3, "not_found", "gptcli models pull nobody/nothing"),
     Situation("empty folder", "tokenize -m {here} x", 3, "not_found", "config.json"),
     Situation("corrupt folder", "count-params {here}/corrupt", 3, "corrupt", "config.json"),
     Situation("corrupt weights", "count-params {here}/cut", 3, "corrupt", "model.safetensors"),

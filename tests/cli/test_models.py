@@ -68,6 +68,7 @@ def test_list_shows_what_the_hub_cache_holds(run: Run, cache: Path, tiny_folder:
         "name": "someone/tiny--model",
         "source": "cache",
         "folder": str(cache / "models--someone--tiny--model" / "snapshots" / "c0ffee"),
+        "revision": "c0ffee",
         "bytes": (tiny_folder / "model.safetensors").stat().st_size,
         "family": "gpt2",
         "parameters": 300 * 32 + 64 * 32 + 2 * (12 * 32 * 32 + 13 * 32) + 2 * 32,
@@ -150,7 +151,10 @@ def test_the_cache_is_where_the_hub_library_has_it(
 
 def test_show(run: Run, tiny_folder: Path) -> None:
     value = run("models", "show", tiny_folder, "--json").json
-    assert value.keys() == {"name", "source", "folder", "config", "parameters", "dtype", "bytes", "files"}
+    assert value.keys() == {
+        *("name", "source", "folder", "revision", "card", "config", "parameters", "dtype", "tokenizer", "bytes"),
+        "files",
+    }
     assert (value["name"], value["source"], value["dtype"]) == ("tiny", "folder", "float32")
     sizes = {file.name: file.stat().st_size for file in tiny_folder.iterdir()}
     assert {file["name"]: file["bytes"] for file in value["files"]} == sizes
