@@ -17,7 +17,7 @@ from gptcli.cli.caches import native_cache
 from gptcli.cli.train_run import RATES
 from gptcli.errors import ExitCode
 from gptcli.text.transcript import SCENE
-from tests.conftest import ROOT, Gptcli
+from tests.conftest import PATIENCE, ROOT, Gptcli
 
 REFERENCE = (ROOT / "docs" / "reference.md").read_text()
 README = (ROOT / "README.md").read_text()
@@ -245,7 +245,7 @@ def run_script(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
         text=True,
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
-        timeout=300,
+        timeout=3 * PATIENCE,
         stdin=subprocess.DEVNULL,
     )
 

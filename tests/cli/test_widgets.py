@@ -16,7 +16,7 @@ import pytest
 from gptcli.serve.place import Place, runtime_folder
 from tests.cli.shells import Answer, Shell, StandIn, shell_in_tmux
 from tests.cli.tmux import needs_tmux
-from tests.conftest import ROOT, Gptcli
+from tests.conftest import PATIENCE, ROOT, Gptcli
 
 pytestmark = [
     needs_tmux,
@@ -76,7 +76,7 @@ def test_the_script_is_one_that_its_shell_reads(name: str, gptcli: Gptcli, tmp_p
     script = tmp_path / "widget"
     script.write_bytes(gptcli("shell-init", name).stdout)
     check = {"zsh": ["zsh", "-n"], "bash": ["bash", "-n"], "fish": ["fish", "--no-execute"]}[name]
-    assert subprocess.run([*check, str(script)], capture_output=True, timeout=60).stderr == b""
+    assert subprocess.run([*check, str(script)], capture_output=True, timeout=PATIENCE).stderr == b""
     assert not re.search(rb"@[A-Z_]+@", script.read_bytes())  # all is filled in
 
 
