@@ -17,6 +17,7 @@ import uvicorn
 from gptcli.core.build import open_model
 from gptcli.serve import inner
 from gptcli.serve.app import Service
+from gptcli.serve.connection import bounded
 from gptcli.serve.engine import Engine
 from gptcli.serve.limits import Access, Limits
 from gptcli.serve.openai import Api
@@ -131,7 +132,12 @@ def running(
     unix.listen(128)
     tcp = listen("127.0.0.1", 0)
     config = uvicorn.Config(
-        api.app(service, inner.routes), log_level="error", lifespan="on", ws="none", timeout_graceful_shutdown=3
+        api.app(service, inner.routes),
+        http=bounded(api.limits),
+        log_level="error",
+        lifespan="on",
+        ws="none",
+        timeout_graceful_shutdown=3,
     )
     server, started = uvicorn.Server(config), threading.Event()
     failed: list[BaseException] = []
