@@ -82,8 +82,14 @@ def test_headers_that_trickle_in_close_it_too(hasty: Running) -> None:
 
 
 def test_the_second_request_of_a_connection_has_no_more_time(hasty: Running) -> None:
-    whole = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
-    assert answer_to(hasty, whole + b"GET /health HTTP/1.1\r\n").count(b"HTTP/1.1 200 OK") == 1
+    first = b""
+    while not first:
+        with hasty.raw() as raw, suppress(BrokenPipeError, ConnectionResetError):
+            raw.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            first = raw.recv(1 << 16)  # nothing, where even that came too late
+            raw.sendall(b"GET /health HTTP/1.1\r\n")
+            first += rest_of(raw)
+    assert first.count(b"HTTP/1.1 200 OK") == 1
 
 
 def test_a_body_without_an_end_is_told_and_closes_it(hasty: Running) -> None:
