@@ -18,7 +18,7 @@ from gptcli.cli.train_run import RATES
 from gptcli.errors import ExitCode, UnsupportedError
 from gptcli.spec.config import from_hf
 from gptcli.text.transcript import SCENE
-from tests.conftest import ROOT, Gptcli
+from tests.conftest import PATIENCE, ROOT, Gptcli
 from tests.hub.standin import StandIn
 
 REFERENCE = (ROOT / "docs" / "reference.md").read_text()
@@ -263,7 +263,7 @@ def run_script(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
         text=True,
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
-        timeout=300,
+        timeout=3 * PATIENCE,
         stdin=subprocess.DEVNULL,
     )
 

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import pytest
 
 from gptcli.cli import COMMANDS, Entry
+from tests.conftest import PATIENCE
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "gptcli"
@@ -297,7 +298,7 @@ def modules_of(*commands: list[str], beyond: Sequence[str] = ()) -> dict[str, se
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdin=subprocess.DEVNULL,
         capture_output=True,
-        timeout=120,
+        timeout=PATIENCE,
         check=True,
     )
     loaded = json.loads(done.stdout.splitlines()[-1])

@@ -42,6 +42,10 @@ def serve(
     prefix_memory: Annotated[
         int, typer.Option("--prefix-memory", metavar="MB", min=0, help="For texts that later prompts may begin with.")
     ] = 256,
+    header_timeout: Annotated[
+        float,
+        typer.Option("--header-timeout", metavar="SECONDS", min=0.1, help="A request's headers may take so long."),
+    ] = 30,
     api_key: Annotated[
         str, typer.Option("--api-key", metavar="KEY", help="What whoever comes over TCP has to know.")
     ] = "",
@@ -99,7 +103,7 @@ def serve(
         from gptcli.serve.limits import Access, Limits
         from gptcli.serve.openai import Api
 
-        limits = Limits(rows=rows, waiting=waiting, prefix_bytes=prefix_memory << 20)
+        limits = Limits(header_timeout, rows=rows, waiting=waiting, prefix_bytes=prefix_memory << 20)
         api = Api(limits, Access(api_key=api_key, origins=tuple(cors or ())))
         service = Service(loaded, found.folder, files, __version__, limits.engine)
 
@@ -110,7 +114,7 @@ def serve(
                 out.note(f"OpenAI's API is at http://{f'[{host}]' if ':' in host else host}:{port}/v1")
 
         app = api.app(service, inner.routes)
-        ended_by = server.run(app, service, sockets, ready=ready, idle_seconds=60 * idle)
+        ended_by = server.run(app, service, sockets, limits, ready=ready, idle_seconds=60 * idle)
         if ended_by == signal.SIGINT:
             raise KeyboardInterrupt
     finally:

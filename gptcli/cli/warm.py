@@ -218,7 +218,7 @@ def _wait(process: Any) -> None:
     import subprocess
 
     with suppress(subprocess.TimeoutExpired):
-        process.wait(10)
+        process.wait(60)
 
 
 def _why_it_ended(place: Place, gone: GptcliError) -> GptcliError:

@@ -11,6 +11,7 @@ class Limits:
     """How much may be asked for; the length of a prompt is limited by the model's context.
 
     Attributes:
+        header_seconds: that a request's headers may take to come; the connection is closed then.
         body_bytes, body_seconds: size of a request's body, and how long it may take to come.
         requests: answered at once, with those that wait; more are told to come back (429).
         rows: texts that are decoded together; ``waiting`` more may wait for a place.
@@ -22,6 +23,7 @@ class Limits:
         retry_seconds: after which whoever is told to come back should.
     """
 
+    header_seconds: float = 30.0
     body_bytes: int = 4 << 20
     body_seconds: float = 30.0
     requests: int = 512

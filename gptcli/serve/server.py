@@ -12,6 +12,8 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from gptcli.serve.app import Service
+from gptcli.serve.connection import bounded
+from gptcli.serve.limits import Limits
 
 # Seconds for answers that are being given when the process is asked to end.
 _GRACE = 3
@@ -52,6 +54,7 @@ def run(
     app: ASGIApp,
     service: Service,
     sockets: Sequence[socket.socket],
+    limits: Limits,
     *,
     ready: Callable[[], None],
     idle_seconds: float = 0.0,
@@ -60,14 +63,20 @@ def run(
 
     ``ready`` is called when the first request can be answered. Returns the signal that ended it, or None.
     """
-    return asyncio.run(_serve(app, service, sockets, ready, idle_seconds))
+    return asyncio.run(_serve(app, service, sockets, limits, ready, idle_seconds))
 
 
 async def _serve(
-    app: ASGIApp, service: Service, sockets: Sequence[socket.socket], ready: Callable[[], None], idle_seconds: float
+    app: ASGIApp,
+    service: Service,
+    sockets: Sequence[socket.socket],
+    limits: Limits,
+    ready: Callable[[], None],
+    idle_seconds: float,
 ) -> int | None:
     config = uvicorn.Config(
         app,
+        http=bounded(limits),
         log_level="error",
         access_log=False,
         lifespan="on",

@@ -133,8 +133,7 @@ def write_common(config: ModelConfig, *, null: bool = False) -> dict[str, Any]:
 
 def read_dtype(keys: Keys) -> str | None:
     """The type that the weights are declared to be of."""
-    name = keys.text("dtype|torch_dtype", None)
-    return None if name is None else str(name).removeprefix("torch.")
+    return (keys.text("dtype|torch_dtype", None) or "").removeprefix("torch.") or None
 
 
 def divide(width: int, heads: int, where: str) -> int:

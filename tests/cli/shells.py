@@ -15,7 +15,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from urllib.parse import parse_qs
 
-from tests.cli.tmux import Tmux
+from tests.cli.tmux import PATIENCE, Tmux
 from tests.conftest import ROOT
 
 Asked = dict[str, str]
@@ -38,6 +38,7 @@ class Shell(Tmux):
 
     name = ""
     prompt = ""
+    _runs = 0
 
     def line(self) -> str:
         """What stands behind the last prompt, and what is below it, without its end of blanks."""
@@ -49,10 +50,11 @@ class Shell(Tmux):
 
     def run(self, command: str) -> None:
         """Run a command, and wait for its end."""
+        self._runs += 1  # the end of the last one may still be on the screen, or above it
         self.press("C-l")
-        self.type(f" {command}; echo do''ne")
+        self.type(f" {command}; echo do''ne{self._runs}")
         self.press("Enter")
-        self.wait(lambda screen: "\ndone" in "\n" + screen)
+        self.wait(lambda screen: f"\ndone{self._runs}\n" in f"\n{screen}\n")
         self.press("C-l")
         self.until("")
 
@@ -72,14 +74,14 @@ def shell_in_tmux(name: str, *, prompt: str = "> ", width: int = 90, height: int
     begin = ["tmux", "-u", "-f", os.devnull, "-S", str(folder / "s"), "new-session", "-d"]
     size = ["-x", str(width), "-y", str(height)]
     try:
-        subprocess.run([*begin, *size, *START[name]], env=around, check=True, timeout=60)
+        subprocess.run([*begin, *size, *START[name]], env=around, check=True, timeout=PATIENCE)
         shell.wait(lambda screen: bool(screen.strip()))
         shell.type(_PROMPT[name].format(prompt))
         shell.press("Enter")
         shell.wait(lambda screen: screen.rstrip().endswith("\n" + prompt.rstrip()))
         yield shell
     finally:
-        subprocess.run(["tmux", "-S", str(folder / "s"), "kill-server"], capture_output=True, timeout=60)
+        subprocess.run(["tmux", "-S", str(folder / "s"), "kill-server"], capture_output=True, timeout=PATIENCE)
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -102,6 +104,7 @@ class StandIn:
     def __init__(self, path: Path, answer: Answer) -> None:
         self.asked: list[Asked] = []
         self.dropped: SimpleQueue[Asked] = SimpleQueue()
+        self._heard = threading.Condition()
         self._answer = answer
         self._held: list[socket.socket] = []
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -135,7 +138,9 @@ class StandIn:
             if head.startswith(b"POST /gptcli/open "):
                 self._tell(talk, json.dumps(_OPENED))
                 return
-            self.asked.append(asked)
+            with self._heard:
+                self.asked.append(asked)
+                self._heard.notify_all()
             texts = self._answer(asked)
             if texts is None:
                 self._held.append(talk)
@@ -154,6 +159,11 @@ class StandIn:
         answer = told.encode()
         talk.sendall(b"HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(answer) + answer)
         talk.close()
+
+    def wait(self, holds: Callable[[list[Asked]], object] = bool) -> None:
+        """Wait until something holds of what was asked; that anything was."""
+        with self._heard:
+            assert self._heard.wait_for(lambda: holds(self.asked), PATIENCE), f"asked was only {self.asked}"
 
     def close(self) -> None:
         with suppress(OSError):  # it may be closed already

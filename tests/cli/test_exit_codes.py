@@ -15,6 +15,7 @@ import pytest
 
 from gptcli import __version__
 from tests.cli.conftest import Run
+from tests.conftest import PATIENCE
 
 Gptcli = Callable[..., "subprocess.CompletedProcess[bytes]"]
 ROOT = Path(__file__).parent.parent.parent
@@ -183,7 +184,7 @@ def test_an_output_that_can_not_be_written_is_1(tiny_folder: Path, command: str,
             stdout=full,
             stderr=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": str(ROOT)},
-            timeout=120,
+            timeout=PATIENCE,
         )
     assert done.returncode == 1
     if option:
@@ -226,7 +227,7 @@ def test_ctrl_c_is_130_and_keeps_what_was_made(run: Run, tiny_folder: Path) -> N
     assert process.stdout is not None
     first = process.stdout.read(1)
     process.send_signal(signal.SIGINT)
-    rest, said = process.communicate(timeout=60)
+    rest, said = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130
     assert said == b""
     kept = first + rest
@@ -249,7 +250,7 @@ def test_ctrl_c_while_reading_is_130(tiny_folder: Path) -> None:
     process.stdin.write(b"Once\n")
     first = process.stdout.read(1)
     process.send_signal(signal.SIGINT)
-    rest, said = process.communicate(timeout=60)
+    rest, said = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130
     assert (first + rest).split()
     assert b"Traceback" not in said

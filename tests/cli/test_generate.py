@@ -18,6 +18,7 @@ from gptcli.core.runtime import DTYPES
 from gptcli.spec.config import from_hf
 from gptcli.text.tokenizer import Tokenizer
 from tests.cli.conftest import Done, Run
+from tests.conftest import PATIENCE
 
 FIELDS = {
     "model",
@@ -510,7 +511,7 @@ def test_a_closed_pipe_is_a_quiet_end(tiny_folder: Path) -> None:
     process.stdout.close()
     said = process.stderr.read()
     process.stderr.close()
-    assert process.wait(60) in (0, 141)
+    assert process.wait(PATIENCE) in (0, 141)
     assert said == b""
 
 

@@ -22,7 +22,7 @@ from gptcli.core.distribution import Candidate, Distribution
 from gptcli.text.tokenizer import Tokenizer
 from tests.cli.conftest import Done, Run
 from tests.cli.test_terminal import ESCAPE, Screen, plain
-from tests.conftest import ROOT
+from tests.conftest import PATIENCE, ROOT
 
 CONTEXT, VOCABULARY = 64, 300  # of the tiny model
 START = 0
@@ -227,7 +227,7 @@ if [ "$(echo "$review" | {program} --choose ' the' --choose ' the king' --winner
 {program} "$review" --top 300 | head -1 | cut -f 3
 """
     done = subprocess.run(
-        ["bash", "-c", script], capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=120
+        ["bash", "-c", script], capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=PATIENCE
     )
     assert done.stderr == b""
     assert done.stdout.split()[0] == b"yes"
@@ -343,7 +343,7 @@ def test_wrong_use_is_told_before_a_model_is_looked_for(run: Run, args: Sequence
 def test_wrong_use_does_not_wait_for_torch() -> None:
     code = "import sys; from gptcli.cli import main; print(main(['predict', 'x', '-t', '-1']), 'torch' in sys.modules)"
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=60
+        [sys.executable, "-c", code], capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=PATIENCE
     )
     assert done.stdout.split() == [b"2", b"False"]
 

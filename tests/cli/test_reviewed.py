@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from gptcli.spec.index import FILE_NAME
 from tests.cli.conftest import Run
-from tests.conftest import ROOT, tiny_tokenizer
+from tests.conftest import PATIENCE, ROOT, tiny_tokenizer
 
 SIZE = (
     "--layers",
@@ -95,7 +95,7 @@ def test_ctrl_c_keeps_what_was_made(tiny_folder: Path, more: list[str]) -> None:
     assert process.stderr is not None
     assert b"past the context" in process.stderr.readline()
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130
     assert b"Traceback" not in err
     if "--json" in more:
@@ -122,7 +122,7 @@ def on_terminal(*args: str | Path, env: dict[str, str] | None = None) -> bytes:
             if not block:
                 break
             shown += block
-        process.wait(timeout=60)
+        process.wait(timeout=PATIENCE)
     os.close(leader)
     return shown
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -9,6 +10,8 @@ import re
 import signal
 import subprocess
 import sys
+import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,7 @@ from gptcli.text.tokenizer import Tokenizer
 from tests.cli.conftest import Done, Run
 from tests.cli.test_reviewed import on_terminal
 from tests.cli.training import TEXT
-from tests.conftest import ROOT
+from tests.conftest import PATIENCE, ROOT
 
 FIELDS = {
     *("model", "tokens", "total_bits", "bits_per_byte", "perplexity", "tokens_scored", "bytes"),
@@ -275,7 +278,7 @@ def test_a_line_is_answered_before_the_next_one_comes(tiny_folder: Path) -> None
             process.stdin.flush()
             assert process.stdout.readline().endswith(b"\t" + line)
         process.stdin.close()
-        assert process.wait(timeout=60) == 0
+        assert process.wait(timeout=PATIENCE) == 0
 
 
 # --- Wrong use, and Ctrl-C
@@ -309,21 +312,33 @@ def test_bad_bytes_and_missing_files_are_told(score: Run, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("more", [("--json",), ("--color", "always"), ("--total",)])
 def test_ctrl_c_keeps_what_was_made(tiny_folder: Path, more: tuple[str, ...]) -> None:
-    """The text never ends; the signal goes out when there is some output, or a while after the start."""
+    """The text never ends; the signal goes out when there is some output, or much was read."""
     command = [sys.executable, "-m", "gptcli", "score", "-v", "-m", str(tiny_folder), *more]
-    producer = subprocess.Popen(["yes", "Once upon a time"], stdout=subprocess.PIPE)
+    text, given = os.pipe()
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
-        command, stdin=producer.stdout, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, bufsize=0
+        command, stdin=text, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, bufsize=0
     )
+    os.close(text)
+    much = threading.Event()
+
+    def write() -> None:
+        with suppress(BrokenPipeError), os.fdopen(given, "wb", buffering=0) as pipe:
+            for number in itertools.count():
+                pipe.write(b"Once upon a time\n" * 1000)
+                if number == 20:  # several times what a pipe holds
+                    much.set()
+
+    writer = threading.Thread(target=write)
+    writer.start()
     assert process.stdout is not None
     assert process.stderr is not None
     assert b"tiny from" in process.stderr.readline()
     begin = process.stdout.read(100) if more != ("--total",) else b""
+    assert begin or much.wait(PATIENCE)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    producer.kill()
-    producer.communicate()
+    out, err = process.communicate(timeout=PATIENCE)
+    writer.join(PATIENCE)
     assert process.returncode == 130
     assert b"Traceback" not in err
     if more == ("--json",):
@@ -335,7 +350,7 @@ def test_ctrl_c_keeps_what_was_made(tiny_folder: Path, more: tuple[str, ...]) ->
 def test_a_reader_that_leaves_ends_it_quietly(tiny_folder: Path) -> None:
     script = f"yes 'Once upon a time' | {sys.executable} -m gptcli score -m {tiny_folder} --lines | head -1"
     done = subprocess.run(
-        ["bash", "-c", script], capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=60
+        ["bash", "-c", script], capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=PATIENCE
     )
     assert done.stdout.endswith(b"Once upon a time\n")
     assert done.stderr == b""

@@ -16,6 +16,7 @@ import pytest
 
 from gptcli.cli import main
 from gptcli.text.tokenizer import Tokenizer
+from tests.conftest import PATIENCE
 
 pty = pytest.importorskip("pty")
 tty = pytest.importorskip("tty")
@@ -52,7 +53,7 @@ class Screen:
 
     def close(self) -> str:
         os.close(self.secondary)
-        self._reader.join(60)
+        self._reader.join(PATIENCE)
         os.close(self._primary)
         return self._data.decode("utf-8")
 
@@ -253,7 +254,7 @@ def test_a_process_on_a_terminal(tiny_folder: Path, environment: dict[str, str])
         stdout=screen.secondary,
         stderr=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
-        timeout=60,
+        timeout=PATIENCE,
     )
     shown = screen.close()
     assert (done.returncode, done.stderr) == (0, b"")
@@ -268,7 +269,7 @@ def test_a_terminal_is_never_read_unless_told(tiny_folder: Path) -> None:
         stdin=screen.secondary,
         capture_output=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
-        timeout=60,
+        timeout=PATIENCE,
     )
     screen.close()
     assert (done.returncode, done.stdout) == (2, b"")

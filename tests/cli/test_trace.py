@@ -30,7 +30,7 @@ from gptcli.spec.config import ModelConfig
 from gptcli.text.tokenizer import Tokenizer
 from tests.cli.conftest import Run
 from tests.cli.test_terminal import ESCAPE, Screen, Terminal, plain, terminal  # noqa: F401
-from tests.conftest import ROOT, Gptcli
+from tests.conftest import PATIENCE, ROOT, Gptcli
 
 FABLE = ROOT / "weights" / "fable"
 PROMPT = "The cat sat on the"
@@ -253,7 +253,7 @@ def test_a_pipe_gets_plain_text_with_nothing_cut(run: Run, gptcli: Gptcli) -> No
         capture_output=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdin=subprocess.DEVNULL,
-        timeout=120,
+        timeout=PATIENCE,
     )
     assert (done.returncode, done.stderr) == (0, b"")
     assert done.stdout.startswith(b"fable: 6 blocks")
@@ -437,7 +437,7 @@ class Person:
         self.seen = ""
 
     def read_until(self, text: str) -> None:
-        end = time.monotonic() + 60
+        end = time.monotonic() + PATIENCE
         while text not in self.seen:
             ready, _, _ = select.select([self._primary], [], [], max(0.0, end - time.monotonic()))
             assert ready, f"{text!r} did not come after {self.seen!r}"
@@ -449,7 +449,7 @@ class Person:
 
     def end(self) -> int:
         """The exit code; afterwards the terminal is as it was."""
-        code = self.process.wait(60)
+        code = self.process.wait(PATIENCE)
         now = termios.tcgetattr(self._secondary)
         os.close(self._secondary)
         os.close(self._primary)

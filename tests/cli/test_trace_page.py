@@ -29,6 +29,7 @@ from gptcli.core.predict import probabilities
 from gptcli.core.trace import Trace, trace
 from gptcli.errors import OutputError
 from gptcli.text.tokenizer import Tokenizer
+from tests.conftest import PATIENCE
 
 PROMPT = "Once upon a time there was"
 HOSTILE = "</script><b>&\"'\x1b[1m\x00<!--{data}--><!--\u202e]]>"
@@ -395,7 +396,7 @@ def dom(file: Path) -> Page:
     assert _BROWSER is not None
     options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={file.parent / 'profile'}"]
     done = subprocess.run(
-        [_BROWSER, *options, "--dump-dom", file.as_uri()], capture_output=True, timeout=120, check=True
+        [_BROWSER, *options, "--dump-dom", file.as_uri()], capture_output=True, timeout=PATIENCE, check=True
     )
     return Page(done.stdout.decode("utf-8"))
 

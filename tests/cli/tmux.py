@@ -19,7 +19,7 @@ from tests.conftest import ROOT
 
 needs_tmux = pytest.mark.skipif(shutil.which("tmux") is None, reason="needs tmux to type at")
 
-_PATIENCE = float(os.environ.get("TMUX_PATIENCE", 180))  # seconds, far beyond what anything here takes
+PATIENCE = float(os.environ.get("TMUX_PATIENCE", 180))  # seconds, far beyond what anything here takes
 _PAUSE = 0.02
 
 
@@ -31,7 +31,7 @@ class Tmux:
 
     def call(self, *args: str, stdin: str | None = None) -> str:
         command = ["tmux", "-u", "-f", os.devnull, "-S", str(self._socket), *args]
-        return subprocess.run(command, input=stdin, capture_output=True, text=True, check=True, timeout=60).stdout
+        return subprocess.run(command, input=stdin, capture_output=True, text=True, check=True, timeout=PATIENCE).stdout
 
     def type(self, text: str) -> None:
         """Text as it stands, key by key."""
@@ -56,7 +56,7 @@ class Tmux:
     def wait(self, shown: str | Callable[[str], bool]) -> str:
         """Wait until a text is on the screen, or something holds of all that is; returns the screen."""
         holds = shown if callable(shown) else lambda screen: shown in screen
-        end = time.monotonic() + _PATIENCE
+        end = time.monotonic() + PATIENCE
         while not holds(screen := self.text()):
             assert time.monotonic() < end, f"{shown!r} never came:\n{screen}"
             time.sleep(_PAUSE)
@@ -85,9 +85,9 @@ def gptcli_in_tmux(
             ["tmux", "-u", "-f", os.devnull, "-S", str(folder / "s"), "new-session", "-d", *size, "sh", "-c", script],
             env=around,
             check=True,
-            timeout=60,
+            timeout=PATIENCE,
         )
         yield tmux
     finally:
-        subprocess.run(["tmux", "-S", str(folder / "s"), "kill-server"], capture_output=True, timeout=60)
+        subprocess.run(["tmux", "-S", str(folder / "s"), "kill-server"], capture_output=True, timeout=PATIENCE)
         shutil.rmtree(folder, ignore_errors=True)

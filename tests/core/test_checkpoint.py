@@ -23,6 +23,7 @@ from gptcli.core.model import Transformer
 from gptcli.errors import CorruptError, NotFoundError, OutputError
 from gptcli.spec.config import from_hf, read_config
 from gptcli.spec.index import FILE_NAME, INDEX_NAME
+from tests.conftest import PATIENCE
 
 RAW: dict[str, Any] = {
     "model_type": "gpt2",
@@ -330,7 +331,7 @@ def save_with_little_room(folder: Path, limit: int, shard_bytes: int) -> subproc
     root = Path(checkpoint.__file__).parent.parent.parent
     command = [sys.executable, "-c", _SAVE, str(folder), str(limit), str(shard_bytes), repr(RAW)]
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": str(root)}
+        command, capture_output=True, text=True, timeout=PATIENCE, env={**os.environ, "PYTHONPATH": str(root)}
     )
 
 

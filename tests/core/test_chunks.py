@@ -13,7 +13,7 @@ from gptcli.core.attention import _QUERIES, attend, attention_pattern, gather
 from gptcli.core.decode import Decoder, chunk_size
 from gptcli.core.stepping import Stepping
 from gptcli.spec.config import ModelConfig, RopeScaling
-from tests.conftest import ROOT
+from tests.conftest import PATIENCE, ROOT
 from tests.core.test_model import LLAMA_LIKE, every_config, visible_model
 
 PROMPTS = [[1 + i % 40 for i in range(23)], [7], [2 + i % 30 for i in range(11)], [3 + i % 9 for i in range(10)]]
@@ -111,7 +111,7 @@ def test_a_long_prompt_needs_memory_for_a_chunk() -> None:
     taken = {}
     for way in ("whole", "chunks"):
         command = [sys.executable, "-c", MEMORY, way]
-        done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT, timeout=120)
+        done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT, timeout=PATIENCE)
         taken[way] = float(done.stdout)
     assert taken["whole"] > 250
     assert taken["chunks"] < 0.5 * taken["whole"], taken

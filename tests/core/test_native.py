@@ -22,6 +22,7 @@ from gptcli.core.native import NativeMatrix, NativeStep, compare
 from gptcli.core.native_build import Library, load
 from gptcli.errors import LimitError, UnsupportedError
 from gptcli.spec.config import ModelConfig, RopeScaling
+from tests.conftest import PATIENCE
 from tests.core.test_model import CONFIGS, GPT2, LLAMA_LIKE, every_config, some_ids, visible_model
 
 KINDS = ("float32", "bfloat16", "int8", "int4")
@@ -320,7 +321,7 @@ def test_idle_threads_sleep(built: Path) -> None:
     steps_of(model, step.step, [3], 2)
     ours = set(os.listdir("/proc/self/task")) - before
     assert len(ours) == 2
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE
     while any(not waiting(task) for task in ours):
         assert time.monotonic() < deadline
     step.close()
@@ -385,5 +386,7 @@ def test_a_fork_may_go_on_with_it(built: Path) -> None:
     """It has none of the threads and takes new ones; and it ends, as its parent does."""
     root = Path(__file__).parent.parent.parent
     environment = {**os.environ, "PYTHONPATH": str(root)}
-    done = subprocess.run([sys.executable, "-c", FORKED, str(built)], env=environment, capture_output=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", FORKED, str(built)], env=environment, capture_output=True, timeout=PATIENCE
+    )
     assert done.returncode == 0, done.stderr.decode()

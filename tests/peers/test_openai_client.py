@@ -13,6 +13,7 @@ import pytest
 
 from gptcli.core.generate import prompt_ids
 from gptcli.serve.limits import Access, Limits
+from tests.conftest import PATIENCE
 from tests.serve.running import Running, running
 
 openai: Any = pytest.importorskip("openai", reason="runs the openai client: install the extra 'peers'")
@@ -35,7 +36,7 @@ def client(server: Running, request: pytest.FixtureRequest) -> Iterator[Any]:
     url = "http://gptcli/v1"
     if request.param == "tcp":
         own, url = {}, f"http://127.0.0.1:{server.port}/v1"
-    with openai.OpenAI(base_url=url, api_key="secret", max_retries=0, timeout=60, **own) as client:
+    with openai.OpenAI(base_url=url, api_key="secret", max_retries=0, timeout=PATIENCE, **own) as client:
         yield client
 
 

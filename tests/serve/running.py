@@ -17,11 +17,13 @@ import uvicorn
 from gptcli.core.build import open_model
 from gptcli.serve import inner
 from gptcli.serve.app import Service
+from gptcli.serve.connection import bounded
 from gptcli.serve.engine import Engine
 from gptcli.serve.limits import Access, Limits
 from gptcli.serve.openai import Api
 from gptcli.serve.server import listen
 from gptcli.text.tokenizer import Tokenizer
+from tests.conftest import PATIENCE
 
 
 class Answer(NamedTuple):
@@ -53,12 +55,12 @@ class UnixConnection(http.client.HTTPConnection):
     """HTTP over a Unix socket."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__("localhost", timeout=60)
+        super().__init__("localhost", timeout=PATIENCE)
         self._path = path
 
     def connect(self) -> None:
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(60)
+        self.sock.settimeout(PATIENCE)
         self.sock.connect(str(self._path))
 
 
@@ -73,12 +75,14 @@ class Running:
         return self.service.bridge.engine
 
     def connection(self, *, tcp: bool = False) -> http.client.HTTPConnection:
-        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=60) if tcp else UnixConnection(self.path)
+        return (
+            http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE) if tcp else UnixConnection(self.path)
+        )
 
     def raw(self, *, tcp: bool = False) -> socket.socket:
         """A connection on which anything can be sent."""
         if tcp:
-            return socket.create_connection(("127.0.0.1", self.port), timeout=60)
+            return socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE)
         connection = self.connection()
         connection.connect()
         raw: socket.socket = connection.sock
@@ -109,9 +113,10 @@ class Running:
 
     def rest(self) -> None:
         """Wait until the engine has nothing to do: what it is asked comes behind what it had."""
-        done = threading.Event()
-        while not self.engine.idle:
-            self.engine.call(done.set).result(60)
+        done, idle = threading.Event(), False
+        while not idle:  # and once more: what it counts, it may count behind the last that it does
+            idle = self.engine.idle
+            self.engine.call(done.set).result(PATIENCE)
 
 
 @contextmanager
@@ -127,9 +132,15 @@ def running(
     unix.listen(128)
     tcp = listen("127.0.0.1", 0)
     config = uvicorn.Config(
-        api.app(service, inner.routes), log_level="error", lifespan="on", ws="none", timeout_graceful_shutdown=3
+        api.app(service, inner.routes),
+        http=bounded(api.limits),
+        log_level="error",
+        lifespan="on",
+        ws="none",
+        timeout_graceful_shutdown=3,
     )
     server, started = uvicorn.Server(config), threading.Event()
+    failed: list[BaseException] = []
 
     async def serve() -> None:
         config.load()
@@ -139,13 +150,23 @@ def running(
         await server.main_loop()
         await server.shutdown(sockets=[unix, tcp])
 
-    thread = threading.Thread(target=lambda: asyncio.run(serve()))
+    def run() -> None:
+        try:
+            asyncio.run(serve())
+        except BaseException as error:
+            failed.append(error)
+            raise
+        finally:
+            started.set()
+
+    thread = threading.Thread(target=run)
     thread.start()
     try:
-        assert started.wait(60)
+        assert started.wait(PATIENCE)
+        assert not failed, failed
         yield Running(service, api, tcp.getsockname()[1], place / "s")
     finally:
         server.should_exit = True
-        thread.join(60)
+        thread.join(PATIENCE)
         unix.close()
         tcp.close()

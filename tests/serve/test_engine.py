@@ -16,6 +16,7 @@ from gptcli.core.settings import Sampling
 from gptcli.errors import BusyError, CorruptError, LimitError
 from gptcli.serve.engine import Delivery, Engine, Ticket
 from gptcli.text.tokenizer import Tokenizer
+from tests.conftest import PATIENCE
 
 
 @pytest.fixture
@@ -39,11 +40,11 @@ class Callers:
     def wait(self, tickets: Sequence[Ticket]) -> None:
         with self._changed:
             done = lambda: all(ticket.ended and self._told(ticket) for ticket in tickets)
-            assert self._changed.wait_for(done, timeout=60)
+            assert self._changed.wait_for(done, timeout=PATIENCE)
 
     def wait_for_tokens(self, ticket: Ticket, count: int) -> None:
         with self._changed:
-            assert self._changed.wait_for(lambda: len(self.steps.get(ticket, [])) >= count, timeout=60)
+            assert self._changed.wait_for(lambda: len(self.steps.get(ticket, [])) >= count, timeout=PATIENCE)
 
     def _told(self, ticket: Ticket) -> bool:
         steps = self.steps.get(ticket, [])
@@ -151,7 +152,7 @@ def test_who_hangs_up_stops_at_the_next_token(model: Model, engine: Engine, call
     gone.cancel()
     other = engine.submit(Ticket(Request([2], 2, 5, ignore_eos=True), Sampling(1)))
     callers.wait([other])
-    assert engine.call(lambda: engine.load).result(60)[0] == 0
+    assert engine.call(lambda: engine.load).result(PATIENCE)[0] == 0
     assert engine.counts.cancelled == 1
     assert [step.token for step in callers.steps[other]] == [step.token for step in alone(model, other)]
 
@@ -189,9 +190,9 @@ def test_a_damaged_model_fails_the_request_and_not_the_engine(model: Model, engi
 
 
 def test_other_work_waits_for_its_turn_and_brings_its_errors_back(engine: Engine) -> None:
-    assert engine.call(lambda: 6 * 7).result(60) == 42
+    assert engine.call(lambda: 6 * 7).result(PATIENCE) == 42
     with pytest.raises(ZeroDivisionError):
-        engine.call(lambda: 1 // 0).result(60)
+        engine.call(lambda: 1 // 0).result(PATIENCE)
 
 
 def test_memory_for_remembered_texts_is_bounded(model: Model, callers: Callers) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from gptcli.serve.limits import Limits
 from gptcli.serve.metrics import memory_bytes
-from tests.conftest import ROOT
+from tests.conftest import PATIENCE, ROOT
 from tests.serve.running import Running, running
 
 CLIENTS = 64
@@ -83,7 +83,7 @@ def test_every_client_gets_what_it_would_get_alone(server: Running) -> None:
 
     def client(number: int) -> None:
         try:
-            together.wait(60)
+            together.wait(PATIENCE)
             if number < CLIENTS:
                 got[number] = texts(server, number)
             elif number % 2:
@@ -98,7 +98,7 @@ def test_every_client_gets_what_it_would_get_alone(server: Running) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(120)
+        thread.join(PATIENCE)
     assert not failed
     assert [got[number] for number in range(CLIENTS)] == wanted
     server.rest()
@@ -120,14 +120,14 @@ def test_whoever_hangs_up_stops_the_work(server: Running, monkeypatch: pytest.Mo
         steps.append(tokens)
         if len(steps) == 2:
             reached.set()
-            assert left.wait(60)
+            assert left.wait(PATIENCE)
         return step(tokens)
 
     monkeypatch.setattr(pool, "step", held)
     connection = server.connection()
     fields = {"prompt": "a", "max_tokens": 60, "ignore_eos": True, "stream": stream}
     connection.request("POST", "/v1/completions", json.dumps(fields))
-    assert reached.wait(60)
+    assert reached.wait(PATIENCE)
     if stream:
         connection.getresponse().close()
     connection.close()
@@ -180,5 +180,5 @@ except RuntimeError:
 
 def test_nothing_but_the_socket_and_the_loopback_is_opened(tiny_folder: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", WATCHED, str(tiny_folder), str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
     assert (done.stdout, done.returncode) == ("watched\n", 0), done.stderr

@@ -22,7 +22,7 @@ from gptcli.core.requests import Request
 from gptcli.core.settings import Sampling
 from gptcli.serve.limits import Access, Limits
 from gptcli.text.transcript import Transcript, open_chat
-from tests.conftest import ROOT
+from tests.conftest import PATIENCE, ROOT
 from tests.serve.running import Running, running
 
 TEXT = "Once upon a time there was"
@@ -501,7 +501,7 @@ def test_unknown_paths_and_methods(server: Running) -> None:
 def test_a_body_too_large(server: Running) -> None:
     for body in (b"x" * 20_001, iter([b"x" * 15_000, b"x" * 15_000])):
         connection = server.connection()
-        with suppress(BrokenPipeError):  # it need not be read to its end to be refused
+        with suppress(BrokenPipeError, ConnectionResetError):  # it need not be read to its end to be refused
             connection.request("POST", "/v1/completions", body)
         response = connection.getresponse()
         assert response.status == 413
@@ -523,10 +523,10 @@ def test_too_many_at_once_are_told_when_to_come_back(tiny_folder: Path, tmp_path
 
         def block() -> None:
             held.set()
-            assert hold.wait(60)
+            assert hold.wait(PATIENCE)
 
         blocked = server.engine.call(block)
-        assert held.wait(60)
+        assert held.wait(PATIENCE)
         connection = server.connection()
         connection.request("POST", "/v1/completions", body)
         while server.engine.load != (0, 1):  # it waits; the engine is held
@@ -540,7 +540,7 @@ def test_too_many_at_once_are_told_when_to_come_back(tiny_folder: Path, tmp_path
         while server.get("/health").status == 200:  # until they have come
             pass
         hold.set()
-        blocked.result(60)
+        blocked.result(PATIENCE)
         assert connection.getresponse().read().endswith(b"data: [DONE]\n\n")
         for other in others:
             assert other.getresponse().status == 200

@@ -12,6 +12,7 @@ import pytest
 
 from gptcli.errors import CorruptError, ResourceError
 from gptcli.serve.place import Place, claim, fingerprint, places, runtime_folder
+from tests.conftest import PATIENCE
 
 
 @pytest.fixture
@@ -102,10 +103,10 @@ def test_what_a_killed_process_leaves_is_taken_over(place: Place) -> None:
 
 
 def _race(place: Place, together: Any, told: Any) -> None:
-    together.wait(60)
+    together.wait(PATIENCE)
     held = claim(place)
     told.put(held is not None)
-    together.wait(60)  # whoever has it keeps it until all have tried
+    together.wait(PATIENCE)  # whoever has it keeps it until all have tried
 
 
 def test_of_many_that_start_at_once_one_serves(place: Place) -> None:
@@ -114,9 +115,9 @@ def test_of_many_that_start_at_once_one_serves(place: Place) -> None:
     children = [context.Process(target=_race, args=(place, together, told)) for _ in range(8)]
     for child in children:
         child.start()
-    assert sorted(told.get(timeout=60) for _ in children) == [False] * 7 + [True]
+    assert sorted(told.get(timeout=PATIENCE) for _ in children) == [False] * 7 + [True]
     for child in children:
-        child.join(60)
+        child.join(PATIENCE)
 
 
 def test_two_models_have_two_places_and_a_link_to_one_has_its(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import pytest
 
 from gptcli.serve.client import Client, GoneError
 from gptcli.serve.place import Place, claim, runtime_folder
-from tests.conftest import ROOT, Gptcli
+from tests.conftest import PATIENCE, ROOT, Gptcli
 
 Start = Callable[..., "subprocess.Popen[bytes]"]
 
@@ -28,7 +28,7 @@ def place_of(folder: Path) -> Place:
 
 
 def status_of(folder: Path) -> dict[str, Any]:
-    return Client(place_of(folder), timeout=60).get("/gptcli/status")
+    return Client(place_of(folder), timeout=PATIENCE).get("/gptcli/status")
 
 
 def line_with(text: bytes, stream: IO[bytes]) -> bytes:
@@ -177,7 +177,7 @@ def test_without_a_process_status_and_stop_say_so(gptcli: Gptcli, folder: Path) 
 def test_stop_ends_it_and_leaves_no_socket(gptcli: Gptcli, start: Start, folder: Path) -> None:
     process = start()
     assert gptcli("serve", "--stop").returncode == 0
-    assert process.wait(60) == 0
+    assert process.wait(PATIENCE) == 0
     assert not place_of(folder).socket.exists()
 
 
@@ -185,13 +185,13 @@ def test_stop_ends_it_and_leaves_no_socket(gptcli: Gptcli, start: Start, folder:
 def test_a_signal_ends_it_and_leaves_no_socket(start: Start, folder: Path, number: signal.Signals, code: int) -> None:
     process = start()
     process.send_signal(number)
-    assert process.wait(60) == code
+    assert process.wait(PATIENCE) == code
     assert not place_of(folder).socket.exists()
 
 
 def test_it_leaves_when_nobody_has_asked_for_long(start: Start, folder: Path) -> None:
     process = start("--idle", "0.01")
-    assert process.wait(60) == 0
+    assert process.wait(PATIENCE) == 0
     assert not place_of(folder).socket.exists()
 
 
@@ -231,7 +231,7 @@ def test_a_kill_in_the_middle_of_an_answer_is_told(start: Start, folder: Path) -
         process.kill()
         caller.stdout.read()
         said = caller.stderr.read()
-        assert caller.wait(60) == 3
+        assert caller.wait(PATIENCE) == 3
     assert b"the warm process" in said
     assert b"--no-warm" in said
 
@@ -240,12 +240,13 @@ def test_whoever_reads_only_the_beginning_stops_the_work(gptcli: Gptcli, start: 
     start()
     endless = f"{sys.executable} -m gptcli generate Once -n -1 --slide --ignore-eos --seed 1 | head -c 20"
     env = {**os.environ, "PYTHONPATH": str(ROOT), "GPTCLI_MODEL": str(folder)}
-    done = subprocess.run(["bash", "-c", endless], capture_output=True, env=env, timeout=120, check=True)
+    done = subprocess.run(["bash", "-c", endless], capture_output=True, env=env, timeout=PATIENCE, check=True)
     assert len(done.stdout) == 20
     assert done.stderr.startswith(b"seed") is False
     assert gptcli("generate", "Once", "-n", "3", "--seed", "1").returncode == 0
-    told = status_of(folder)
-    assert (told["cancelled"], told["running"]) == (1, 0)
+    while (told := status_of(folder))["running"] or not told["cancelled"]:
+        pass  # it may not yet have seen that nobody reads any more
+    assert told["cancelled"] == 1
 
 
 def test_a_model_whose_files_have_changed_is_loaded_anew(gptcli: Gptcli, start: Start, folder: Path) -> None:
@@ -293,7 +294,7 @@ def test_the_inner_routes_are_for_the_socket_alone(start: Start, folder: Path) -
     said = line_with(b"OpenAI's API", process.stderr).decode()
     port = int(said.rpartition(":")[2].partition("/")[0])
     for path in ("status", "stop", "tokens"):
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
         connection.request("GET" if path == "status" else "POST", f"/gptcli/{path}", b"{}")
         assert connection.getresponse().status == 404
         connection.close()
@@ -313,6 +314,6 @@ def test_what_is_no_gptcli_is_not_believed(gptcli: Gptcli, folder: Path) -> None
     thread = threading.Thread(target=talk)
     thread.start()
     with pytest.raises(GoneError, match="no gptcli"):
-        Client(place_of(folder), timeout=60).get("/gptcli/status")
+        Client(place_of(folder), timeout=PATIENCE).get("/gptcli/status")
     thread.join()
     held.release()

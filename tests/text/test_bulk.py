@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from gptcli.text.bulk import cores, in_order
+from tests.conftest import PATIENCE
 
 
 def test_there_is_a_core() -> None:
@@ -15,7 +16,7 @@ def test_there_is_a_core() -> None:
 
 
 def test_work_is_done_side_by_side_and_answered_in_order() -> None:
-    both = threading.Barrier(2, timeout=30)  # passes only where two are at work at once
+    both = threading.Barrier(2, timeout=PATIENCE)  # passes only where two are at work at once
 
     def work(number: int) -> int:
         both.wait()

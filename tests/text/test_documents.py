@@ -51,7 +51,9 @@ def test_a_line_holding_only_the_separator_parts_documents(text: str, expected: 
     assert "".join(part.text for part in parted([text])) == text
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(
     pieces=st.lists(st.sampled_from([LINE, f"\n{LINE}", "\n", "a", " ", "<|endo", "text|>", "é\r"]), max_size=10),
     cuts=st.lists(st.integers(0, 60), max_size=4),

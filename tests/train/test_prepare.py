@@ -27,6 +27,7 @@ from gptcli.train import documents, entry, prepare, units
 from gptcli.train.data import Corpus, encode_documents
 from gptcli.train.documents import SEPARATOR, documents_of, is_held_out
 from gptcli.train.encode import Encoder
+from tests.conftest import PATIENCE
 
 ROOT = Path(__file__).parent.parent.parent
 TEXT = "Once upon a time there was a king — naïve 東京 🙂 who had 123 daughters.\n\n\t'No!'  said she. <|end of|> "
@@ -342,14 +343,21 @@ folder, cache, workers, *paths = sys.argv[1:]
 for module, name, size in test_prepare.SMALL:
     setattr(module, name, size)
 make = test_prepare.Maker(Path(folder), Path(cache))
+def told(done, total):
+    print(done, flush=True)
+    sys.stdin.readline()
 print("go", flush=True)
-make(*paths, held_out=0.2, workers=int(workers), progress=lambda done, total: print(done, flush=True))
+make(*paths, held_out=0.2, workers=int(workers), progress=told)
 """
 
 
-def child(make: Maker, cache: Path, folder: Path, *paths: str, workers: int = 2) -> subprocess.Popen[str]:
+def child(
+    make: Maker, cache: Path, folder: Path, *paths: str, workers: int = 2, waits: bool = False
+) -> subprocess.Popen[str]:
+    """A process that tells of every unit, and, if it ``waits``, goes on with the next one when it is sent a line."""
     return subprocess.Popen(
         [sys.executable, "-c", CHILD, str(folder), str(cache), str(workers), *paths],
+        stdin=subprocess.PIPE if waits else subprocess.DEVNULL,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         text=True,
@@ -382,12 +390,15 @@ def test_a_preparation_killed_at_any_moment_goes_on(
     killed = tmp_path / "killed"
     unfinished = 0
     for _ in range(6):
-        with child(make, killed, tiny_folder, *inputs, workers=1) as process:
+        with child(make, killed, tiny_folder, *inputs, workers=1, waits=True) as process:
+            assert process.stdin is not None
             assert process.stdout is not None
             assert process.stdout.readline() == "go\n"
             for _ in range(chance.randrange(2, 60)):
-                process.stdout.readline()
-            process.kill()
+                if process.stdout.readline():
+                    process.stdin.write("\n")
+                    process.stdin.flush()
+            process.kill()  # it is at most one unit ahead, and in the middle of that
         unfinished += contents(killed) != contents(make.cache)
     assert unfinished >= 3
     Maker(tiny_folder, killed)(*inputs, held_out=0.2)
@@ -425,11 +436,11 @@ def test_several_at_once_make_it_once(make: Maker, tmp_path: Path, tiny_folder: 
     make(*inputs, held_out=0.2)
     shared = tmp_path / "shared"
     processes = [child(make, shared, tiny_folder, *inputs) for _ in range(3)]
-    said = [process.communicate(timeout=60)[0] for process in processes]
+    said = [process.communicate(timeout=PATIENCE)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0]
     assert contents(shared) == contents(make.cache)
     # Every unit is encoded by one of them: the others pass over what is there.
-    alone = child(make, tmp_path / "alone", tiny_folder, *inputs).communicate(timeout=60)[0]
+    alone = child(make, tmp_path / "alone", tiny_folder, *inputs).communicate(timeout=PATIENCE)[0]
     units, entries = alone.count("\n"), len(make.entries())
     assert sum(text.count("\n") for text in said) <= units + 2 * (entries + 1)
 
@@ -590,7 +601,7 @@ def test_memory_does_not_grow_with_the_text(tmp_path: Path, tiny_folder: Path, p
         capture_output=True,
         text=True,
         check=True,
-        timeout=120,
+        timeout=PATIENCE,
     )
     grown, documents, tokens = map(int, done.stdout.split())
     assert documents == (1 if parting == " " else 480)

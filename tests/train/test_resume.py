@@ -72,7 +72,7 @@ def test_killed_at_any_moment_of_saving_a_whole_checkpoint_is_left(tmp_path: Pat
     """Each run goes on from what the one before left, so that in the end they are one run, to the bit."""
     made = told("saves", str(tmp_path), "5", str(KILLS))
     truth = {int(step): digests for step, digests in made["truth"].items()}
-    assert len(made["kills"]) == KILLS
+    assert len(made["kills"]) >= KILLS
     for kill in made["kills"]:
         assert kill["found"], "no checkpoint is left"
         newest_step = kill["found"][0][0]

@@ -23,6 +23,7 @@ from gptcli.spec.match import match_folder
 from gptcli.train import state
 from gptcli.train.ranks import Part, Ranks
 from gptcli.train.state import Checkpoint, checkpoints, keep_metrics_until, load_checkpoint, save_checkpoint
+from tests.conftest import PATIENCE
 from tests.train.small import model, newest, same, stored
 
 SHAPES = {"model.a": (7, 3), "model.b": (2,), "optimizer.a.exp_avg": (7, 3), "optimizer.a.step": ()}
@@ -45,7 +46,7 @@ class FakeRanks(Ranks):
         self.rank, self.count, self.writers, self.barrier = rank, barrier.parties, barrier.parties, barrier
 
     def wait(self) -> None:
-        self.barrier.wait(60)
+        self.barrier.wait(PATIENCE)
 
     def part(self, tensor: Tensor) -> Part:
         if not tensor.dim():
