@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gptcli.cli import options
+from gptcli.cli import options, ranks
 from gptcli.cli.input import ERRORS, Source, sources
 from gptcli.cli.out import Output
 from gptcli.errors import UsageError
@@ -52,6 +52,8 @@ def score(
     dtype: options.Dtype = "auto",
     quantize: options.Quantize = "none",
     threads: options.Threads = None,
+    tp: ranks.Tp = None,
+    offload: ranks.Offload = False,
     offline: options.Offline = False,
 ) -> None:
     """Show how surprising each token of a text is.
@@ -69,11 +71,13 @@ def score(
         raise UsageError("--above nan is no number", "give a number of bits a byte, for instance 3")
     if stride is not None and stride < 1:
         raise UsageError(f"--stride {stride} is out of range", "it should be from 1 to the context")
+    line = ranks.join(out, tp, "score", device=device, threads=threads)
     found = sources([] if text is None else [text], file or [], no_stdin=no_stdin, strip=strip)
 
     from gptcli.cli.opening import open_for_inference
 
-    loaded = open_for_inference(model, out, device=device, dtype=dtype, quantize=quantize, threads=threads)
+    how: dict[str, Any] = {"device": device, "dtype": dtype, "quantize": quantize, "threads": threads}
+    loaded = open_for_inference(model, out, line=line, offload=offload, **how)
     from gptcli.cli.score_read import Reader
     from gptcli.core.score import check_stride, default_stride
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gptcli import __version__
-from gptcli.cli import options
+from gptcli.cli import options, ranks
 from gptcli.cli.out import Output
 from gptcli.cli.warm import check_extra
 from gptcli.errors import NotFoundError, OutputError, UsageError
@@ -53,6 +53,8 @@ def serve(
     dtype: options.Dtype = "auto",
     quantize: options.Quantize = "none",
     threads: options.Threads = None,
+    tp: ranks.Tp = None,
+    offload: ranks.Offload = False,
     offline: options.Offline = False,
     ready_fd: Annotated[int | None, typer.Option("--ready-fd", hidden=True)] = None,
 ) -> None:
@@ -69,6 +71,7 @@ def serve(
         return
     check_extra()
     address = _parse_address(http) if http is not None and ready_fd is None else None
+    line = ranks.join(out, tp, "serve", device=device, threads=threads)
 
     from gptcli.cli.opening import find, open_for_inference
     from gptcli.serve.place import Place, claim, fingerprint, runtime_folder
@@ -92,7 +95,7 @@ def serve(
         if address:
             sockets.append(_listen(*address))
         asked: dict[str, Any] = {"device": device, "dtype": dtype, "quantize": quantize}
-        loaded = open_for_inference(str(found.folder), out, threads=threads, **asked)
+        loaded = open_for_inference(str(found.folder), out, threads=threads, line=line, offload=offload, **asked)
         loaded.name = found.name
         from gptcli.serve import inner, server
         from gptcli.serve.app import Service

@@ -25,19 +25,23 @@ from gptcli.core.model import Transformer
 from gptcli.errors import CorruptError
 from gptcli.spec.config import to_hf
 from gptcli.spec.index import FILE_NAME, INDEX_NAME
-from gptcli.spec.match import Matched, disk_layout, written_name
+from gptcli.spec.match import DiskTensor, Matched, disk_layout, written_name
+from gptcli.spec.split import Share
 
 SHARD_BYTES = 5_000_000_000
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "chat_template.jinja")
 
 
-def load_weights(model: Transformer, matched: Matched, *, device: torch.device, dtype: torch.dtype) -> None:
+def load_weights(
+    model: Transformer, matched: Matched, *, device: torch.device, dtype: torch.dtype, share: Share | None = None
+) -> int:
     """Fill a model built on the meta device from the files of a matched folder, tensor by tensor.
 
-    A tensor already of ``dtype`` and bound for the CPU stays mapped from the file. Raises CorruptError when a file
-    can't be read.
+    A tensor already of ``dtype`` and bound for the CPU stays mapped from the file. With a ``share`` only its slices are
+    read. Returns how many bytes of the files were taken. Raises CorruptError when a file can't be read.
     """
-    layout = disk_layout(model.config)
+    layout = disk_layout(share.config if share else model.config)
+    taken = 0
     by_file: dict[Path, list[str]] = {}
     for name, (_, info) in matched.items():
         by_file.setdefault(info.file, []).append(name)
@@ -45,7 +49,13 @@ def load_weights(model: Transformer, matched: Matched, *, device: torch.device, 
         try:
             with safe_open(file, framework="pt", device="cpu") as stream:
                 for name in names:
+                    if share is not None:
+                        for ours, part in _slices(stream.get_slice(matched[name][0]), layout[name], share):
+                            taken += part.nbytes
+                            _assign(model, ours, part.to(device=device, dtype=dtype).contiguous())
+                        continue
                     tensor = stream.get_tensor(matched[name][0])
+                    taken += tensor.nbytes
                     # On a device, move first: the transposed view then copies there and not here.
                     tensor = tensor.to(device=device, dtype=dtype)
                     if layout[name].transpose:
@@ -56,6 +66,24 @@ def load_weights(model: Transformer, matched: Matched, *, device: torch.device, 
         except (SafetensorError, OSError) as error:
             raise CorruptError(f"{file} can't be read: {error}", "download or save the file again") from None
     model.tie()
+    return taken
+
+
+def _slices(stored: Any, entry: DiskTensor, share: Share) -> Iterator[tuple[str, Tensor]]:
+    """What a rank holds of one tensor on disk (``get_slice``): our names and slices, no more of the file is touched."""
+    first = 0  # row, of those that stand one above the other
+    for ours, rows in entry.parts:
+        slice_ = share.slice(ours)
+        ranges = [slice(first, first + rows), *[slice(None)] * (len(entry.shape) - 1)]
+        if slice_.dim == 0:
+            ranges[0] = slice(first + slice_.start, first + slice_.stop)
+        elif slice_.dim is not None:
+            ranges[slice_.dim] = slice(slice_.start, slice_.stop)
+        first += rows
+        if slice_.empty:
+            continue
+        tensor = stored[tuple(ranges[::-1] if entry.transpose else ranges)]
+        yield ours, tensor.t() if entry.transpose else tensor
 
 
 def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
