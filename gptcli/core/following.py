@@ -50,8 +50,12 @@ class Leading(Transformer):
         self, ids: Tensor, cache: KVCache | None = None, *, last: Tensor | None = None, tap: Tap | None = None
     ) -> Tensor:
         """As ``Transformer.forward``; a ``tap`` sees rank 0's own heads."""
+        patient = _Patient(tap) if tap else None
         with self._together("forward", ids=ids, cache=cache, last=last):
-            return super().forward(ids, cache, last=last, tap=tap)
+            logits = super().forward(ids, cache, last=last, tap=patient)
+        if patient:
+            patient.raise_again()
+        return logits
 
     def residual_stream(
         self, ids: Tensor, cache: KVCache | None = None, tap: Tap | None = None, *, documents: Tensor | None = None
@@ -59,8 +63,12 @@ class Leading(Transformer):
         """As ``Transformer.residual_stream``; packed documents are for training, and not here."""
         if documents is not None:
             raise ValueError("ranks that share a model do not train it")
+        patient = _Patient(tap) if tap else None
         with self._together("residual_stream", ids=ids, cache=cache, last=None):
-            return super().residual_stream(ids, cache, tap)
+            stream = super().residual_stream(ids, cache, patient)
+        if patient:
+            patient.raise_again()
+        return stream
 
     def new_cache(self, rows: int, capacity: int, dtype: torch.dtype) -> KVCache:
         return SharedCache(self, next(self._handles), rows, capacity, dtype)
@@ -115,6 +123,26 @@ class Leading(Transformer):
                 raise _explained(error) from error
             finally:
                 self._within = False
+
+
+class _Patient:
+    """A tap whose error, which may only mean that it has seen enough, waits until all ranks are through."""
+
+    def __init__(self, tap: Tap) -> None:
+        self._tap = tap
+        self._error: Exception | None = None
+
+    def __call__(self, name: str, value: Tensor) -> None:
+        if self._error is None:
+            try:
+                self._tap(name, value)
+            except Exception as error:
+                self._error = error
+
+    def raise_again(self) -> None:
+        """What the tap raised, if it did."""
+        if self._error is not None:
+            raise self._error
 
 
 class SharedCache(KVCache):
