@@ -53,7 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "tests.dist.together"]
     done = subprocess.run(
         [sys.executable, "-m", *torchrun, str(folder)],
-        env=environment(), cwd=ROOT, capture_output=True, input=STDIN.encode(), timeout=150,
+        env=environment(), cwd=ROOT, capture_output=True, input=STDIN.encode(), timeout=600,
     )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
     processes = [start(rank, 4, port, ["tests.dist.together", str(folder)]) for port in [free_port()] for rank in range(4)]
@@ -83,7 +83,7 @@ def start(rank: int, ranks: int, port: int, command: list[str]) -> subprocess.Po
 
 def ended(process: subprocess.Popen[bytes], stdin: bytes = b"") -> tuple[int, bytes, bytes]:
     try:
-        out, err = process.communicate(stdin, timeout=100)
+        out, err = process.communicate(stdin, timeout=600)
     finally:
         process.kill()
     return process.returncode, out, err
