@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gptcli.cli import options, ranks
+from gptcli.cli import options, placing, ranks
 from gptcli.cli.input import ERRORS, Source, one_text, sources
 from gptcli.cli.out import Output
 from gptcli.cli.warm import Runner, Warm, open_runner
 from gptcli.errors import CorruptError, UsageError
+from gptcli.spec.library import DEFAULT_MODEL
 from gptcli.text.documents import SEPARATOR
 
 if TYPE_CHECKING:
@@ -74,6 +75,8 @@ def generate(
     threads: options.Threads = None,
     tp: ranks.Tp = None,
     offload: ranks.Offload = False,
+    plan: placing.Plan = False,
+    gpus: placing.Gpus = None,
     offline: options.Offline = False,
     warm: Warm = None,
 ) -> None:
@@ -93,6 +96,10 @@ def generate(
     if logprobs is not None and not (0 <= logprobs <= 100 and out.json):
         raise UsageError(f"--logprobs {logprobs} needs --json and a number up to 100", "add --json")
     options.check_seed(seed)
+    if placing.asked(plan, gpus):
+        held: dict[str, Any] = {"dtype": dtype, "quantize": quantize, "tp": tp, "offload": offload}
+        placing.show_placing(out, model or DEFAULT_MODEL, gpus, sequences=min(num_samples, _ROWS_AT_ONCE), **held)
+        return
     line = ranks.join(out, tp, "generate", device=device, threads=threads)
     from gptcli.core.settings import Sampling
 

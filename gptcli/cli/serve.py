@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gptcli import __version__
-from gptcli.cli import options, ranks
+from gptcli.cli import options, placing, ranks
 from gptcli.cli.out import Output
 from gptcli.cli.warm import check_extra
 from gptcli.errors import NotFoundError, OutputError, UsageError
+from gptcli.spec.library import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     import socket
@@ -55,6 +56,8 @@ def serve(
     threads: options.Threads = None,
     tp: ranks.Tp = None,
     offload: ranks.Offload = False,
+    plan: placing.Plan = False,
+    gpus: placing.Gpus = None,
     offline: options.Offline = False,
     ready_fd: Annotated[int | None, typer.Option("--ready-fd", hidden=True)] = None,
 ) -> None:
@@ -64,6 +67,10 @@ def serve(
     """
     out: Output = ctx.obj
     options.choice("--quantize", quantize, options.QUANTIZE)
+    if placing.asked(plan, gpus):
+        held: dict[str, Any] = {"dtype": dtype, "quantize": quantize, "tp": tp, "offload": offload}
+        placing.show_placing(out, model or DEFAULT_MODEL, gpus, sequences=rows, **held)
+        return
     if status and stop:
         raise UsageError("--status and --stop exclude each other", "give one of them")
     if status or stop:
