@@ -21,7 +21,7 @@ from gptcli.core.checkpoint import save_folder
 from gptcli.core.quantize import quantize_
 from gptcli.spec.config import from_hf
 from gptcli.text.tokenizer import Tokenizer
-from tests.cli.conftest import Run
+from tests.cli.conftest import Run, run  # noqa: F401
 from tests.conftest import ROOT, tiny_tokenizer
 from tests.dist.together import MODELS, PROMPTS, said, whole
 
@@ -154,7 +154,7 @@ def pair(folder: Path) -> Iterator[list[subprocess.Popen[bytes]]]:
     """Two ranks in the middle of an answer without end."""
     command = ["gptcli", "generate", "Once", "-n", "-1", "--slide", "--ignore-eos", "--tp", "2", "-m"]
     port = free_port()
-    processes = [start(rank, 2, port, [*command, str(folder / "tiny"), "--seed", "1"]) for rank in range(2)]
+    processes = [start(rank, 2, port, [*command, str(folder / "tiny"), "--seed", "1", "--no-stdin"]) for rank in range(2)]
     try:
         assert processes[0].stdout is not None
         assert processes[0].stdout.read(1)
