@@ -131,7 +131,9 @@ def _query(stage: Stage, trace: Trace) -> str:
 def _key(stage: Stage, trace: Trace) -> str:
     shared = trace.model.config.heads // stage.shape[1]
     also = f" ({shared} heads share one)" if shared > 1 else ""
-    turned = " Both are turned by their place in the text." if trace.model.config.position != "learned" else ""
+    config = trace.model.config
+    turns = config.position != "learned" and stage.layer not in config.unrotated
+    turned = " Both are turned by their place in the text." if turns else ""
     return f"What each token answers: a key{also}. The more it points the query's way, the better it matches.{turned}"
 
 

@@ -35,11 +35,15 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
     Returns:
         ``[B, H, T, D]``; the same numbers as ``gather(attention_pattern(...))`` within rounding.
     """
+    if isinstance(mask, int):
+        key, value, mask = in_window(query, key, value, mask)
     if _in_blocks(query, key, value, mask):
         # Autocast leaves what was rotated in float32 beside values in bfloat16.
         query, key = query.to(value.dtype), key.to(value.dtype)
         gathered: Tensor = _BlockedCausal.apply(query, key, value)  # type: ignore[no-untyped-call]
         return gathered
+    if isinstance(mask, int):
+        return _some_at_a_time(query, key, value, mask)
     if isinstance(mask, str) and query.shape[2] < key.shape[2]:
         return _last_queries(query, key, value)
     if query.shape[2] == 1 and query.shape[1] != key.shape[1]:
@@ -57,6 +61,19 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
     )
 
 
+def in_window(query: Tensor, key: Tensor, value: Tensor, window: int) -> tuple[Tensor, Tensor, Mask]:
+    """Keys, values and mask without a window where the same can be said without one.
+
+    That is, where all keys are within it, and of a single query, which then gets those alone that it sees.
+    """
+    count, length = query.shape[2], key.shape[2]
+    if length <= window:
+        return key, value, "causal" if count > 1 else None
+    if count == 1:
+        return key[:, :, -window:], value[:, :, -window:], None
+    return key, value, window
+
+
 def _last_queries(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Causal attention of the last T of S tokens: a chunk of a long prompt.
 
@@ -70,12 +87,22 @@ def _last_queries(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         if can_use_flash_attention(asked):
             scale = 1 / math.sqrt(query.shape[3])
             return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, True, scale=scale)[0]
+    return _some_at_a_time(query, key, value)
+
+
+def _some_at_a_time(query: Tensor, key: Tensor, value: Tensor, window: int | None = None) -> Tensor:
+    """The last T of S tokens in blocks, each with a mask of its own and no keys but those that one of it may see."""
     count, before = query.shape[2], key.shape[2] - query.shape[2]
+    grouped = query.shape[1] != key.shape[1]
     blocks = []
     for start in range(0, count, _QUERIES):
         end = min(start + _QUERIES, count)
-        mask = torch.ones(end - start, before + end, device=query.device, dtype=torch.bool).tril(before + start)
-        sides = query[:, :, start:end], key[:, :, : before + end], value[:, :, : before + end]
+        first = 0 if window is None else max(0, before + start + 1 - window)
+        diagonal = before + start - first
+        mask = torch.ones(end - start, before + end - first, device=query.device, dtype=torch.bool).tril(diagonal)
+        if window is not None:
+            mask = mask.triu(diagonal + 1 - window)
+        sides = query[:, :, start:end], key[:, :, first : before + end], value[:, :, first : before + end]
         blocks.append(F.scaled_dot_product_attention(*sides, attn_mask=mask, enable_gqa=grouped))
     return torch.cat(blocks, 2)
 
@@ -163,9 +190,11 @@ def attention_pattern(query: Tensor, key: Tensor, mask: Mask) -> Tensor:
     """
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)  # [B, H, S, D]
     scores = query.float() @ key.float().transpose(-2, -1) / math.sqrt(query.shape[-1])
-    if isinstance(mask, str):
+    if isinstance(mask, str | int):
         before = scores.shape[-1] - scores.shape[-2]
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril(before)
+        window = mask if isinstance(mask, int) else scores.shape[-1]
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
+        mask = mask.tril(before).triu(before + 1 - window)
     if isinstance(mask, Tensor):
         scores = scores.masked_fill(~mask, -math.inf) if mask.dtype is torch.bool else scores + mask
     return scores.softmax(-1)

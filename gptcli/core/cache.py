@@ -14,8 +14,9 @@ from gptcli.spec.config import ModelConfig
 
 # Who sees whom: "causal" where the queries are the last T of the S tokens and each sees all up to itself, None for one
 # query that sees all there is, or a mask [B or 1, 1, T, S]: a boolean one in which True may be seen, or numbers in the
-# queries' type that are added to the scores.
-Mask = Tensor | Literal["causal"] | None
+# queries' type that are added to the scores. An integer is a window: as "causal" or None, but a query sees no more than
+# so many tokens, itself the last of them.
+Mask = Tensor | Literal["causal"] | int | None
 
 
 def whole_sequence(ids: Tensor, documents: Tensor | None = None) -> tuple[Tensor, Mask]:
@@ -28,6 +29,28 @@ def whole_sequence(ids: Tensor, documents: Tensor | None = None) -> tuple[Tensor
         return positions, "causal"
     same = documents[:, None, :, None] == documents[:, None, None, :]  # [B, 1, T, S]
     return positions, same.tril()
+
+
+def masks_of_layers(mask: Mask, positions: Tensor, config: ModelConfig) -> list[Mask]:
+    """What the queries at ``positions`` ``[B or 1, T]`` see in each layer: the mask, or what its window leaves of it.
+
+    Masks are made once for each width of window, not for each layer.
+    """
+    made: dict[int | None, Mask] = {None: mask}
+    for window in config.windows:
+        if window is not None and window not in made:
+            made[window] = _within(mask, positions, window)
+    return [made[window] for window in config.windows or (None,) * config.layers]
+
+
+def _within(mask: Mask, positions: Tensor, window: int) -> Mask:
+    if not isinstance(mask, Tensor):
+        return window
+    if mask.shape[-1] <= window:
+        return mask
+    seen = torch.arange(mask.shape[-1], device=positions.device)
+    near = seen > positions[:, None, :, None] - window  # [B or 1, 1, T, S]
+    return mask & near if mask.dtype is torch.bool else mask.masked_fill(~near, -math.inf)
 
 
 class KVCache:

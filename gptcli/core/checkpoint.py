@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,18 +50,15 @@ def load_weights(
             with safe_open(file, framework="pt", device="cpu") as stream:
                 for name in names:
                     if share is not None:
-                        for ours, part in _slices(stream.get_slice(matched[name][0]), layout[name], share):
-                            taken += part.nbytes
+                        for ours, part, size in _slices(stream.get_slice(matched[name][0]), layout[name], share):
+                            taken += size
                             _assign(model, ours, part.to(device=device, dtype=dtype).contiguous())
                         continue
                     tensor = stream.get_tensor(matched[name][0])
                     taken += tensor.nbytes
                     # On a device, move first: the transposed view then copies there and not here.
                     tensor = tensor.to(device=device, dtype=dtype)
-                    if layout[name].transpose:
-                        tensor = tensor.t()
-                    parts = tensor.split([rows for _, rows in layout[name].parts])
-                    for (ours, _), part in zip(layout[name].parts, parts, strict=True):
+                    for ours, part in our_parts(tensor, layout[name]):
                         _assign(model, ours, part)
         except (SafetensorError, OSError) as error:
             raise CorruptError(f"{file} can't be read: {error}", "download or save the file again") from None
@@ -69,21 +66,49 @@ def load_weights(
     return taken
 
 
-def _slices(stored: Any, entry: DiskTensor, share: Share) -> Iterator[tuple[str, Tensor]]:
-    """What a rank holds of one tensor on disk (``get_slice``): our names and slices, no more of the file is touched."""
-    first = 0  # row, of those that stand one above the other
-    for ours, rows in entry.parts:
+def _slices(stored: Any, entry: DiskTensor, share: Share) -> Iterator[tuple[str, Tensor, int]]:
+    """What a rank holds of one tensor on disk (``get_slice``): our names, slices, and the bytes that were looked at.
+
+    Of what stands by turns, the turns that hold some of it are.
+    """
+    heights = entry.rows()
+    turn, above = sum(heights), 0
+    for (ours, rows), height in zip(entry.parts, heights, strict=True):
         slice_ = share.slice(ours)
-        ranges = [slice(first, first + rows), *[slice(None)] * (len(entry.shape) - 1)]
-        if slice_.dim == 0:
-            ranges[0] = slice(first + slice_.start, first + slice_.stop)
-        elif slice_.dim is not None:
-            ranges[slice_.dim] = slice(slice_.start, slice_.stop)
-        first += rows
-        if slice_.empty:
-            continue
-        tensor = stored[tuple(ranges[::-1] if entry.transpose else ranges)]
-        yield ours, tensor.t() if entry.transpose else tensor
+        start, stop = (slice_.start, slice_.stop) if slice_.dim == 0 else (0, rows)
+        first, end = start // height, -(-stop // height)  # turns
+        if entry.turns == 1:
+            ranges = [slice(above + start, above + stop)]
+        else:
+            ranges = [slice(first * turn, end * turn)]
+        ranges += [slice(None)] * (len(entry.shape) - 1)
+        if slice_.dim == 1:
+            ranges[1] = slice(slice_.start, slice_.stop)
+        if not slice_.empty:
+            tensor = stored[tuple(ranges[::-1] if entry.transpose else ranges)]
+            taken = tensor.nbytes
+            tensor = tensor.t() if entry.transpose else tensor
+            if entry.turns > 1:
+                own = tensor.unflatten(0, (end - first, turn))[:, above : above + height].flatten(0, 1)
+                tensor = own[start - first * height : stop - first * height]
+            yield ours, tensor, taken
+        above += height
+
+
+def our_parts(tensor: Tensor, entry: DiskTensor) -> Iterator[tuple[str, Tensor]]:
+    """Our tensors, by name, that one on disk holds: views of it, but for rows that come by turns, which are copied."""
+    if entry.transpose:
+        tensor = tensor.t()
+    turns = tensor.unflatten(0, (entry.turns, -1))  # [turns, rows of one, ...]
+    for (ours, _), part in zip(entry.parts, turns.split(entry.rows(), dim=1), strict=True):
+        yield ours, part.flatten(0, 1)
+
+
+def disk_tensor(parts: Sequence[Tensor], entry: DiskTensor) -> Tensor:
+    """The tensor on disk that holds ours, contiguous; the inverse of ``our_parts``."""
+    turns = [part.unflatten(0, (entry.turns, -1)) for part in parts]
+    tensor = torch.cat(turns, dim=1).flatten(0, 1)
+    return (tensor.t() if entry.transpose else tensor).contiguous()
 
 
 def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
@@ -95,8 +120,8 @@ def disk_tensors(model: Transformer, dtype: torch.dtype) -> Iterator[tuple[str, 
     """The model's tensors as its family keeps them on disk, on the CPU, in ``dtype``, one at a time."""
     ours = dict(model.named_parameters())
     for name, entry in disk_layout(model.config).items():
-        tensor = torch.cat([ours[part].detach().to("cpu", dtype) for part, _ in entry.parts])
-        yield written_name(model.config, name), (tensor.t() if entry.transpose else tensor).contiguous()
+        parts = [ours[part].detach().to("cpu", dtype) for part, _ in entry.parts]
+        yield written_name(model.config, name), disk_tensor(parts, entry)
 
 
 def save_folder(

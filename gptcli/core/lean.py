@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptcli.core import runtime
-from gptcli.core.attention import attend, causal_in_blocks
-from gptcli.core.cache import KVCache, Mask, whole_sequence
+from gptcli.core.attention import attend, causal_in_blocks, in_window
+from gptcli.core.cache import KVCache, Mask, masks_of_layers, whole_sequence
 from gptcli.core.model import ACTIVATIONS, Transformer
 from gptcli.core.rope import Rotation, rotate, rotation
 from gptcli.spec.config import ModelConfig
@@ -53,7 +53,9 @@ class Lean:
         """Pack the matrices, layer by layer; the transformer stays as it is."""
         self.config = transformer.config
         self._table = transformer.embedding.weight
-        self._positions = None if transformer.positions is None else transformer.positions.weight
+        self._positions = None
+        if transformer.positions is not None:
+            self._positions = transformer.positions.weight[self.config.position_offset :]
         quantized = not isinstance(transformer.unembedding, nn.Linear)
         self._dtype = torch.float32 if quantized else self._table.dtype
         self.cache_dtype = torch.float32 if self._table.device.type == "cpu" else self._table.dtype
@@ -72,17 +74,20 @@ class Lean:
 
         The logits are float32 where the matrices are quantized, else in the weights' dtype.
         """
+        c = self.config
         positions, mask = whole_sequence(ids) if cache is None else cache.begin(ids)
+        masks = masks_of_layers(mask, positions, c)
         stream = F.embedding(ids, self._table)
         turn = None
         if self._positions is not None:
             stream = stream + F.embedding(positions, self._positions)
         stream = stream.to(self._dtype)
         if self._positions is None:
-            turn = rotation(positions, self.config.head_dim, self.config.rope_theta, self._dtype)
+            turn = rotation(positions, c.rope_dim or c.head_dim, c.rope_theta, self._dtype, c.rope_scaling)
         for number, layer in enumerate(self._layers):
+            turned = None if number in c.unrotated else turn
             final = number == len(self._layers) - 1
-            stream = layer(stream, turn, mask, cache, number, last if final else None)
+            stream = layer(stream, turned, masks[number], cache, number, last if final else None)
         if cache is not None:
             cache.advance(ids.shape[1])
         logits = self._unembedding(self._norm(stream))
@@ -100,7 +105,11 @@ class _Layer:
         # Before it is rotated, nothing is rounded.
         self._attended = dtype if config.position == "learned" else stream
         self._heads, self._kv_heads, self._head_dim = config.heads, config.kv_heads, config.head_dim
+        self._parallel, self._norm_output = config.parallel, config.norm_output
         self._attention_norm, self._mlp_norm = (_norm(norm, stream) for norm in (part.attention_norm, part.mlp_norm))
+        self._query_norm, self._key_norm = (
+            None if norm is None else _parts_norm(norm, stream) for norm in (attention.query_norm, attention.key_norm)
+        )
         self._qkv = _map(_beside(attention.query, attention.key, attention.value))
         self._output = _map(attention.output)
         self._activation = config.activation
@@ -123,7 +132,7 @@ class _Layer:
         if cache is not None:
             keys, values = cache.append(layer, key, value)
             # Without anything before these are as good; but the cache's are in order, and copied already.
-            if not isinstance(mask, str) or keys.dtype is key.dtype:
+            if keys.shape[2] > count or keys.dtype is key.dtype:
                 key, value = keys, values
         if last is not None and count > 1:
             rows = torch.arange(batch, device=stream.device)
@@ -141,7 +150,12 @@ class _Layer:
         return self._in_pieces(self._project, made, stream)
 
     def _project(self, stream: Tensor) -> Tensor:
-        return self._qkv(self._attention_norm(stream))
+        made = self._qkv(stream if self._norm_output else self._attention_norm(stream))
+        if self._query_norm is None or self._key_norm is None:
+            return made
+        keys = self._kv_heads * self._head_dim
+        query, key, value = made.split((self._heads * self._head_dim, keys, keys), -1)
+        return torch.cat((self._query_norm(query), self._key_norm(key), value), -1)
 
     def _in_pieces(self, function: Callable[..., Tensor], made: Tensor, *given: Tensor) -> Tensor:
         """``function`` of tensors ``[B, T, ...]``, whose rows are independent: of some at a time, into ``made``."""
@@ -155,20 +169,28 @@ class _Layer:
 
     def _rest(self, stream: Tensor, gathered: Tensor) -> Tensor:
         """The stream with what attention gathered, and then with what the MLP adds; both ``[..., C]``."""
-        stream = self._output.added(gathered.to(stream.dtype), stream)
-        x = self._mlp_norm(stream)
+        gathered = gathered.to(stream.dtype)
+        if self._norm_output:
+            after = stream + self._attention_norm(self._output(gathered))
+            return after + self._mlp_norm(self._down(self._hidden(stream if self._parallel else after)))
+        after = self._output.added(gathered, stream)
+        hidden = self._hidden(self._mlp_norm(stream if self._parallel else after))
+        return self._down.added(hidden, after)
+
+    def _hidden(self, x: Tensor) -> Tensor:
         if self._gate is None:
-            hidden = self._up.activated(x, self._activation)
-        else:
-            hidden = self._gate.activated(x, self._activation) * self._up(x)
-        return self._down.added(hidden, stream)
+            return self._up.activated(x, self._activation)
+        return self._gate.activated(x, self._activation) * self._up(x)
 
 
 def _of_last(mask: Mask, last: Tensor, length: int) -> Mask:
     """What one query a row sees, ``[B, 1, 1, S]``, of a mask for all."""
     if isinstance(mask, Tensor):
         return mask.expand(len(last), -1, -1, -1)[torch.arange(len(last), device=last.device), :, last, None]
-    return None if mask is None else torch.arange(length, device=last.device) <= last[:, None, None, None]
+    if mask is None:
+        return None
+    seen, own = torch.arange(length, device=last.device), last[:, None, None, None]
+    return (seen <= own) & (seen > own - mask) if isinstance(mask, int) else seen <= own
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask, dtype: torch.dtype) -> Tensor:
@@ -177,7 +199,9 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask, dtype: torch.
     ``dtype`` is the model's: where that is bfloat16, many queries are computed in it.
     """
     batch, heads, count, dim = query.shape
-    if count == 1 and not isinstance(mask, str):
+    if isinstance(mask, int):
+        key, value, mask = in_window(query, key, value, mask)
+    if count == 1 and not isinstance(mask, str | int):
         # torch's attention of one query is slow in bfloat16: copies in float32 take a third of its time. Heads that
         # share keys go as so many queries.
         found = F.scaled_dot_product_attention(
@@ -212,6 +236,12 @@ def _norm(norm: nn.Module, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
         return lambda x: torch.rms_norm(x, shape, weight, eps)
     bias = module.bias.to(dtype)
     return lambda x: torch.layer_norm(x, shape, weight, bias, eps)
+
+
+def _parts_norm(norm: nn.Module, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """``core.model.PartsNorm``."""
+    one, width = _norm(norm, dtype), norm.get_parameter("weight").shape
+    return lambda x: one(x.unflatten(-1, (-1, *width))).flatten(-2)
 
 
 class _Map:

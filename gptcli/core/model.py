@@ -15,13 +15,14 @@ Sources: Radford et al. 2019 (GPT-2), Vaswani et al. 2017 (attention); the lectu
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptcli.core.attention import attend, attention_pattern
-from gptcli.core.cache import KVCache, Mask, whole_sequence
+from gptcli.core.cache import KVCache, Mask, masks_of_layers, whole_sequence
 from gptcli.core.rope import Rotation, rotate, rotation
 from gptcli.spec.config import ModelConfig
 
@@ -50,7 +51,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = Embedding(config.vocab_size, config.width)
-        self.positions = Embedding(config.context, config.width) if config.position == "learned" else None
+        places = config.context + config.position_offset
+        self.positions = Embedding(places, config.width) if config.position == "learned" else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = make_norm(config)
         self.unembedding = Linear(config.width, config.vocab_size, bias=False)
@@ -99,19 +101,22 @@ class Transformer(nn.Module):
         ``documents``, ``[B, T]``, numbers the document of each id where several are packed in a row and none is to see
         another; without a cache only.
         """
+        c = self.config
         positions, mask = whole_sequence(ids, documents) if cache is None else cache.begin(ids)
+        masks = masks_of_layers(mask, positions, c)
         stream = self.embedding(ids)
         if tap:
             tap("embedding", stream)
         if self.positions is not None:
-            stream = stream + self.positions(positions)
+            stream = stream + self.positions(positions + c.position_offset if c.position_offset else positions)
             if tap:
                 tap("positions", stream)
             turn = None
         else:
-            turn = rotation(positions, self.config.head_dim, self.config.rope_theta, stream.dtype)
+            turn = rotation(positions, c.rope_dim or c.head_dim, c.rope_theta, stream.dtype, c.rope_scaling)
         for layer, block in enumerate(self.blocks):
-            stream = block(stream, turn, mask, cache, layer, tap)
+            turned = None if layer in c.unrotated else turn
+            stream = block(stream, turned, masks[layer], cache, layer, tap)
         if cache is not None:
             cache.advance(ids.shape[1])
         return stream
@@ -122,10 +127,15 @@ class Transformer(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: the stream plus what attention gathers, plus what the MLP makes of it."""
+    """One layer: the stream plus what attention gathers, plus what the MLP makes of it.
+
+    The MLP reads the stream after attention, or, where both are parallel, as attention does. Each part has a norm, of
+    what it reads or of what it made.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.parallel, self.norm_output = config.parallel, config.norm_output
         self.attention_norm = make_norm(config)
         self.attention = Attention(config)
         self.mlp_norm = make_norm(config)
@@ -135,13 +145,20 @@ class Block(nn.Module):
         self, stream: Tensor, turn: Rotation | None, mask: Mask, cache: KVCache | None, layer: int, tap: Tap | None
     ) -> Tensor:
         """``[B, T, C]`` to ``[B, T, C]``."""
-        gathered = self.attention(self.attention_norm(stream), turn, mask, cache, layer, tap)
-        stream = stream + gathered
-        made = self.mlp(self.mlp_norm(stream), layer, tap)
-        stream = stream + made
+        gathered = self._normed(self.attention_norm, self.attention, stream, turn, mask, cache, layer, tap)
         if tap:
+            tap(f"blocks.{layer}.attention", gathered)
+        after = stream + gathered
+        made = self._normed(self.mlp_norm, self.mlp, stream if self.parallel else after, layer, tap)
+        stream = after + made
+        if tap:
+            tap(f"blocks.{layer}.mlp", made)
             tap(f"blocks.{layer}", stream)
         return stream
+
+    def _normed(self, norm: nn.Module, part: nn.Module, x: Tensor, *rest: Any) -> Tensor:
+        made: Tensor = norm(part(x, *rest)) if self.norm_output else part(norm(x), *rest)
+        return made
 
 
 class Attention(nn.Module):
@@ -158,12 +175,18 @@ class Attention(nn.Module):
         self.key = Linear(config.width, keys, bias=config.qkv_bias)
         self.value = Linear(config.width, keys, bias=config.qkv_bias)
         self.output = Linear(queries, config.width, bias=config.output_bias)
+        # Widths of what is normed as one: each head, or all of them.
+        widths = {"none": (0, 0), "head": (config.head_dim, config.head_dim), "whole": (queries, keys)}[config.qk_norm]
+        self.query_norm, self.key_norm = (PartsNorm(width, eps=config.norm_eps) if width else None for width in widths)
 
     def forward(
         self, x: Tensor, turn: Rotation | None, mask: Mask, cache: KVCache | None, layer: int, tap: Tap | None
     ) -> Tensor:
         """``[B, T, C]`` to ``[B, T, C]``: what each token gathers from itself and those before it."""
-        query, key, value = (self._heads(linear(x)) for linear in (self.query, self.key, self.value))
+        query, key, value = self.query(x), self.key(x), self.value(x)  # [B, T, H D], and [B, T, K D] twice
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
+        query, key, value = self._heads(query), self._heads(key), self._heads(value)
         if turn is not None:
             query, key = rotate(query, turn), rotate(key, turn)
         if cache is not None:
@@ -174,7 +197,6 @@ class Attention(nn.Module):
             tap(f"blocks.{layer}.key", key)
             tap(f"blocks.{layer}.value", value)
             tap(f"blocks.{layer}.pattern", attention_pattern(query, key, mask))
-            tap(f"blocks.{layer}.attention", gathered)
         return gathered
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -200,8 +222,15 @@ class MLP(nn.Module):
         made: Tensor = self.down(hidden)
         if tap:
             tap(f"blocks.{layer}.hidden", hidden)
-            tap(f"blocks.{layer}.mlp", made)
         return made
+
+
+class PartsNorm(nn.RMSNorm):
+    """An RMS norm of each so many numbers on their own: of every head beside the others, or of all as one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., N]``, N a multiple of the norm's width, to the same."""
+        return super().forward(x.unflatten(-1, (-1, *self.normalized_shape))).flatten(-2)
 
 
 def matrix_of(linear: nn.Module) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from gptcli.core import runtime
 from gptcli.core.model import Transformer
-from gptcli.core.rope import frequencies
+from gptcli.core.rope import frequencies, magnitude
 from gptcli.errors import ResourceError
 
 GROUP = 32  # columns that share a scale, as in step.cpp
@@ -35,6 +35,8 @@ _BITS = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4}
 _Pointer, _Int = ctypes.c_void_p, ctypes.c_int32
 _MATRICES = ("query", "key", "value", "output", "gate", "up", "down")
 _SIZES = ("layers", "width", "heads", "kv_heads", "head_dim", "mlp_width", "vocab", "threads")
+_AXES = ("rms", "activation", "rope_dim", "parallel", "norm_output", "qk_norm", "original_context", "table_type")
+_QK_NORMS = {"none": 0, "head": 1, "whole": 2}
 
 
 class PackedMatrix(ctypes.Structure):
@@ -49,13 +51,17 @@ class _Norm(ctypes.Structure):
 
 
 class _Layer(ctypes.Structure):
-    _fields_ = (("attention_norm", _Norm), ("mlp_norm", _Norm), *((name, PackedMatrix) for name in _MATRICES))
+    _fields_ = (
+        *((name, _Norm) for name in ("attention_norm", "mlp_norm", "query_norm", "key_norm")),
+        *((name, _Int) for name in ("window", "rotated")),
+        *((name, PackedMatrix) for name in _MATRICES),
+    )
 
 
 class PackedModel(ctypes.Structure):
     _fields_ = (
-        *((name, _Int) for name in (*_SIZES, "rms", "activation", "table_type")),
-        ("eps", ctypes.c_float),
+        *((name, _Int) for name in (*_SIZES, *_AXES)),
+        *((name, ctypes.c_float) for name in ("eps", "rope_size", "rope_factor")),
         *((name, _Pointer) for name in ("embedding", "positions", "frequencies")),
         ("norm", _Norm),
         ("unembedding", PackedMatrix),
@@ -77,21 +83,30 @@ class Packing:
         """All of a transformer, matrix by matrix: the memory grows by what is packed and one matrix."""
         config = transformer.config
         layers = (_Layer * config.layers)()
-        for layer, block in zip(layers, transformer.blocks, strict=True):
+        for number, (layer, block) in enumerate(zip(layers, transformer.blocks, strict=True)):
             layer.attention_norm = self.norm(block.get_submodule("attention_norm"))
             layer.mlp_norm = self.norm(block.get_submodule("mlp_norm"))
+            if config.qk_norm != "none":
+                layer.query_norm = self.norm(block.get_submodule("attention.query_norm"))
+                layer.key_norm = self.norm(block.get_submodule("attention.key_norm"))
+            layer.window = (config.windows[number] if config.windows else None) or 0
+            layer.rotated = number not in config.unrotated
             for name, linear in _matrices_of(block):
                 setattr(layer, name, self.matrix(linear))
             runtime.give_back_memory()
-        turns = None
+        turns, rope_dim, scaling = None, config.rope_dim or config.head_dim, config.rope_scaling
         if config.position == "rope":
-            turns = self._keep(frequencies(config.head_dim, config.rope_theta, torch.device("cpu")))
-        positions = None if transformer.positions is None else self._keep(transformer.positions.weight)
+            turns = self._keep(frequencies(rope_dim, config.rope_theta, torch.device("cpu"), scaling))
+        positions = None
+        if transformer.positions is not None:
+            positions = self._keep(transformer.positions.weight[config.position_offset :])
+        dynamic = scaling if scaling is not None and scaling.kind == "dynamic" else None
         return PackedModel(
             *(config.layers, config.width, config.heads, config.kv_heads, config.head_dim, config.mlp_width),
             *(config.vocab_size, threads, config.norm == "rmsnorm", ACTIVATIONS[config.activation]),
-            TYPES[DTYPES[transformer.embedding.weight.dtype]],
-            config.norm_eps,
+            *(rope_dim, config.parallel, config.norm_output, _QK_NORMS[config.qk_norm]),
+            *(dynamic.original_context if dynamic else 0, TYPES[DTYPES[transformer.embedding.weight.dtype]]),
+            *(config.norm_eps, magnitude(scaling), dynamic.factor if dynamic else 1.0),
             *(self._keep(transformer.embedding.weight), positions, turns),
             self.norm(transformer.norm),
             self.matrix(transformer.unembedding),

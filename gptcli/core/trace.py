@@ -184,12 +184,26 @@ def head_outputs(transformer: Transformer, layer: int, weights: Tensor, value: T
     """What each head of a block adds to one token's vector, ``[H, C]`` float32; with the bias they sum to attention's.
 
     ``weights`` ``[H, S]`` say where the token looks, ``value`` ``[K, S, D]`` what it finds there; a head's share goes
-    through its own columns of the output matrix.
+    through its own columns of the output matrix. Where attention's sum is normed before it is added, every share is
+    scaled as the sum is.
     """
+    block = transformer.blocks[layer]
+    output_map, norm = block.get_submodule("attention.output"), block.get_submodule("attention_norm")
     values = value.float().repeat_interleave(len(weights) // len(value), 0)  # [H, S, D]
     gathered = (weights[:, None] @ values)[:, 0]  # [H, D]
-    output = matrix_of(transformer.blocks[layer].get_submodule("attention.output"))  # [C, H D]
-    return torch.einsum("hd,chd->hc", gathered, output.float().unflatten(1, gathered.shape))
+    output = matrix_of(output_map)  # [C, H D]
+    shares = torch.einsum("hd,chd->hc", gathered, output.float().unflatten(1, gathered.shape))
+    return (
+        _shares_of_norm(shares, getattr(output_map, "bias", None), norm) if transformer.config.norm_output else shares
+    )
+
+
+def _shares_of_norm(shares: Tensor, bias: Tensor | None, norm: Any) -> Tensor:
+    """What each of the summands ``[H, C]`` is after the norm of their sum, with a bias that is in the sum too."""
+    whole = shares.sum(0) if bias is None else shares.sum(0) + bias.float()
+    if isinstance(norm, torch.nn.LayerNorm):
+        shares, whole = shares - shares.mean(-1, keepdim=True), whole - whole.mean()
+    return shares * norm.weight.float() * (whole.square().mean() + norm.eps).rsqrt()
 
 
 class _Recorder:

@@ -15,11 +15,19 @@ from gptcli.spec.params import tensors
 
 @dataclass(frozen=True)
 class DiskTensor:
-    """One tensor of a model file: its shape on disk and our tensors that it holds, as (name, rows)."""
+    """One tensor of a model file: its shape on disk and our tensors that it holds, as (name, rows).
+
+    Each of ours stands whole above the next; or in ``turns``, where each turn has the same share of every one.
+    """
 
     shape: tuple[int, ...]
     parts: tuple[tuple[str, int], ...]
     transpose: bool
+    turns: int = 1
+
+    def rows(self) -> list[int]:
+        """How many rows of each of ours stand in one turn."""
+        return [count // self.turns for _, count in self.parts]
 
 
 def disk_layout(config: ModelConfig) -> dict[str, DiskTensor]:
@@ -35,7 +43,9 @@ def disk_layout(config: ModelConfig) -> dict[str, DiskTensor]:
             rows = tuple((name, shapes[name][0]) for name in ours)
             shape = (sum(count for _, count in rows), *shapes[ours[0]][1:])
             shape = shape[::-1] if rule.transpose else shape
-            layout[rule.disk.replace("{i}", str(i))] = DiskTensor(shape, rows, rule.transpose)
+            layout[rule.disk.replace("{i}", str(i))] = DiskTensor(
+                shape, rows, rule.transpose, config.heads if rule.by_head else 1
+            )
     return layout
 
 

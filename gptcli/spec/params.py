@@ -49,7 +49,7 @@ def tensors(config: ModelConfig) -> Iterator[Tensor]:
     width, vocab = config.width, config.vocab_size
     yield Tensor("embedding.weight", (vocab, width), "Embedding")
     if config.position == "learned":
-        yield Tensor("positions.weight", (config.context, width), "Positions")
+        yield Tensor("positions.weight", (config.context + config.position_offset, width), "Positions")
     for layer in range(config.layers):
         yield from _block(config, layer)
     if config.norm_first:
@@ -65,6 +65,10 @@ def _block(config: ModelConfig, layer: int) -> Iterator[Tensor]:
     yield from _linear(f"{block}.attention.query", queries, width, "Query", layer, config.qkv_bias)
     yield from _linear(f"{block}.attention.key", keys, width, "Key", layer, config.qkv_bias)
     yield from _linear(f"{block}.attention.value", keys, width, "Value", layer, config.qkv_bias)
+    if config.qk_norm != "none":
+        normed = (config.head_dim, config.head_dim) if config.qk_norm == "head" else (queries, keys)
+        for name, size in zip(("query_norm", "key_norm"), normed, strict=True):
+            yield Tensor(f"{block}.attention.{name}.weight", (size,), "Norms", layer)
     yield from _linear(f"{block}.attention.output", width, queries, "Output", layer, config.output_bias)
     yield from _norm(config, f"{block}.mlp_norm", layer)
     if config.gated:

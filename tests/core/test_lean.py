@@ -21,8 +21,9 @@ from tests.core.test_model import CONFIGS, GPT2, every_config, some_ids, visible
 Forward = Callable[..., Tensor]
 
 # Largest error against the twin, of the largest logit. float32 differs by rounding alone; bfloat16 by what is rounded
-# where; int8 and int4 by how many rows at a time are rounded to 8 bits, and by a stream that stays in float32.
-WITHIN = {"float32": 1e-5, "bfloat16": 0.05, "int8": 0.05, "int4": 0.03}
+# where; int8 and int4 by how many rows at a time are rounded to 8 bits, and by a stream that stays in float32. A cache
+# that is rounded where the twin's is not makes some inputs of int8 fall to the next of their 8 bits.
+WITHIN = {"float32": 1e-5, "bfloat16": 0.05, "int8": 0.05, "int4": 0.03, "int8, rounded cache": 0.2}
 
 
 def model_of(config: ModelConfig, kind: str) -> Transformer:
@@ -73,7 +74,8 @@ def test_prefill_of_rows_of_different_length_then_steps(
     """All that a decoder does: a padded prefill, steps where rows differ, growth, rows let go and doubled."""
     model = model_of(config, kind)
     made = Lean(model)
-    kind = "bfloat16" if cache_dtype is torch.bfloat16 else kind  # what is kept is rounded so
+    if cache_dtype is torch.bfloat16:  # what is kept is rounded so
+        kind = "int8, rounded cache" if kind == "int8" else "bfloat16"
     caches = cache_for(model, 3, 10, cache_dtype), cache_for(model, 3, 10)
     ids, lengths = some_ids(config, rows=3), [9, 2, 6]
 

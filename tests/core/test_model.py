@@ -14,7 +14,7 @@ from gptcli.core.build import new_transformer, random_model
 from gptcli.core.cache import KVCache
 from gptcli.core.model import Transformer
 from gptcli.errors import UnsupportedError
-from gptcli.spec.config import ModelConfig
+from gptcli.spec.config import ModelConfig, RopeScaling
 from gptcli.spec.params import tensors
 
 GPT2: dict[str, Any] = {
@@ -51,6 +51,19 @@ CONFIGS = {
     "qkv bias alone": ModelConfig(**{**GPT2, "output_bias": False, "mlp_bias": False, "activation": "gelu"}),
     "one key-value head": ModelConfig(**{**GPT2, "kv_heads": 1}),
     "llama-like": ModelConfig(**LLAMA_LIKE),
+    "head norms, llama3": ModelConfig(
+        **{**LLAMA_LIKE, "qk_norm": "head", "tied": True, "rope_scaling": RopeScaling("llama3", 8.0, 32)}
+    ),
+    "norms of what was made, yarn": ModelConfig(
+        **{**LLAMA_LIKE, "norm_output": True, "qk_norm": "whole", "rope_scaling": RopeScaling("yarn", 4.0, 32)}
+    ),
+    "parallel, partly rotated, linear": ModelConfig(
+        **{**GPT2, "position": "rope", "rope_dim": 4, "parallel": True, "rope_scaling": RopeScaling("linear", 2.5, 32)}
+    ),
+    "windows, unrotated": ModelConfig(**{**LLAMA_LIKE, "layers": 3, "windows": (4, None, 2), "unrotated": (1,)}),
+    "window, positions from the third row": ModelConfig(
+        **{**GPT2, "activation": "relu", "position_offset": 2, "windows": (3, 3), "parallel": True, "norm_output": True}
+    ),
 }
 every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 
@@ -69,6 +82,43 @@ def some_ids(config: ModelConfig, rows: int = 2, count: int = 9, seed: int = 0) 
     return torch.randint(config.vocab_size, (rows, count), generator=torch.Generator().manual_seed(seed))
 
 
+def turns_twin(dim: int, theta: float, scaling: RopeScaling | None, length: int) -> tuple[list[float], float]:
+    """By what each pair turns from a position to the next in a text so long, and by what it grows: pair by pair."""
+    turns = []
+    for i in range(dim // 2):
+        base = theta
+        if scaling and scaling.kind == "dynamic" and length > scaling.original_context:
+            stretched = scaling.factor * length / scaling.original_context - (scaling.factor - 1)
+            base = theta * stretched ** (dim / (dim - 2))
+        turn = base ** (-2 * i / dim)
+        around = 2 * math.pi / turn  # positions
+        times = scaling.original_context / around if scaling else 0.0
+        if scaling and scaling.kind == "linear":
+            turn /= scaling.factor
+        elif scaling and scaling.kind == "llama3":
+            share = (times - scaling.low_frequency_factor) / (
+                scaling.high_frequency_factor - scaling.low_frequency_factor
+            )
+            share = min(1.0, max(0.0, share))
+            turn = share * turn + (1 - share) * turn / scaling.factor
+        elif scaling and scaling.kind == "yarn":
+            # The pair, as a fraction, that turns so many times: solve original / (2 pi theta^(2i/dim)) = times for i.
+            low, high = (
+                dim / 2 * math.log(scaling.original_context / (2 * math.pi * times), theta)
+                for times in (scaling.beta_fast, scaling.beta_slow)
+            )
+            if scaling.truncate:
+                low, high = math.floor(low), math.ceil(high)
+            low, high = max(low, 0), min(high, dim - 1)
+            share = min(1.0, max(0.0, (i - low) / (high - low if high > low else 0.001)))
+            turn = share * turn / scaling.factor + (1 - share) * turn
+        turns.append(turn)
+    size = 1.0
+    if scaling and scaling.kind == "yarn":
+        size = scaling.attention_factor or 0.1 * math.log(scaling.factor) + 1
+    return turns, size
+
+
 # A twin written with Python numbers and loops, one token and one head at a time.
 
 
@@ -81,11 +131,22 @@ def loop_twin(model: Transformer, ids: list[int]) -> list[list[float]]:
         out = [sum(w * v for w, v in zip(row, x, strict=True)) for row in p[f"{name}.weight"]]
         return [o + b for o, b in zip(out, p[f"{name}.bias"], strict=True)] if f"{name}.bias" in p else out
 
-    def norm(name: str, x: list[float]) -> list[float]:
-        mean = sum(x) / len(x) if c.norm == "layernorm" else 0.0
+    def norm(name: str, x: list[float], kind: str = c.norm) -> list[float]:
+        mean = sum(x) / len(x) if kind == "layernorm" else 0.0
         scale = 1 / math.sqrt(sum((v - mean) ** 2 for v in x) / len(x) + c.norm_eps)
         bias = p.get(f"{name}.bias", [0.0] * len(x))
         return [(v - mean) * scale * w + b for v, w, b in zip(x, p[f"{name}.weight"], bias, strict=True)]
+
+    def before(name: str, x: list[float]) -> list[float]:
+        return x if c.norm_output else norm(name, x)
+
+    def behind(name: str, x: list[float]) -> list[float]:
+        return norm(name, x) if c.norm_output else x
+
+    def heads_normed(name: str, x: list[float]) -> list[float]:
+        size = {"none": 0, "head": c.head_dim, "whole": len(x)}[c.qk_norm]
+        parts = [x[i : i + size] for i in range(0, len(x), size)] if size else []
+        return [v for part in parts for v in norm(name, part, "rmsnorm")] if size else x
 
     def act(v: float) -> float:
         return {
@@ -99,44 +160,52 @@ def loop_twin(model: Transformer, ids: list[int]) -> list[list[float]]:
         part = x[index * c.head_dim : (index + 1) * c.head_dim]
         if turn_by is None or c.position != "rope":
             return part
-        half = c.head_dim // 2
-        angles = [turn_by * c.rope_theta ** (-2 * i / c.head_dim) for i in range(half)]
+        dim = c.rope_dim or c.head_dim
+        half = dim // 2
+        turns, size = turns_twin(dim, c.rope_theta, c.rope_scaling, len(ids))
+        angles = [turn_by * turn for turn in turns]
         first = [part[i] * math.cos(a) - part[i + half] * math.sin(a) for i, a in enumerate(angles)]
         second = [part[i + half] * math.cos(a) + part[i] * math.sin(a) for i, a in enumerate(angles)]
-        return first + second
+        return [size * v for v in first + second] + part[dim:]
 
     streams = [list(p["embedding.weight"][id_]) for id_ in ids]
     if c.position == "learned":
-        streams = [[a + b for a, b in zip(s, p["positions.weight"][t], strict=True)] for t, s in enumerate(streams)]
+        rows = p["positions.weight"][c.position_offset :]
+        streams = [[a + b for a, b in zip(s, rows[t], strict=True)] for t, s in enumerate(streams)]
     for layer in range(c.layers):
         block = f"blocks.{layer}"
-        normed = [norm(f"{block}.attention_norm", s) for s in streams]
+        came_in = streams[:]
+        normed = [before(f"{block}.attention_norm", s) for s in streams]
         queries, keys, values = (
             [linear(f"{block}.attention.{name}", x) for x in normed] for name in ("query", "key", "value")
         )
+        queries = [heads_normed(f"{block}.attention.query_norm", x) for x in queries]
+        keys = [heads_normed(f"{block}.attention.key_norm", x) for x in keys]
+        furthest = (c.windows[layer] if c.windows else None) or len(ids)
         for t in range(len(ids)):
             gathered: list[float] = []
             for h in range(c.heads):
                 shared = h * c.kv_heads // c.heads
-                query = head(queries[t], h, t)
+                query = head(queries[t], h, None if layer in c.unrotated else t)
+                seen = range(max(0, t + 1 - furthest), t + 1)
                 scores = []
-                for s in range(t + 1):
-                    key = head(keys[s], shared, s)
+                for s in seen:
+                    key = head(keys[s], shared, None if layer in c.unrotated else s)
                     scores.append(sum(a * b for a, b in zip(query, key, strict=True)) / math.sqrt(c.head_dim))
                 weights = [math.exp(score - max(scores)) for score in scores]
                 for d in range(c.head_dim):
-                    total = sum(w * head(values[s], shared, None)[d] for s, w in enumerate(weights))
+                    total = sum(w * head(values[s], shared, None)[d] for s, w in zip(seen, weights, strict=True))
                     gathered.append(total / sum(weights))
-            out = linear(f"{block}.attention.output", gathered)
+            out = behind(f"{block}.attention_norm", linear(f"{block}.attention.output", gathered))
             streams[t] = [a + b for a, b in zip(streams[t], out, strict=True)]
         for t in range(len(ids)):
-            x = norm(f"{block}.mlp_norm", streams[t])
+            x = before(f"{block}.mlp_norm", came_in[t] if c.parallel else streams[t])
             hidden = linear(f"{block}.mlp.up", x)
             if c.gated:
                 hidden = [act(g) * u for g, u in zip(linear(f"{block}.mlp.gate", x), hidden, strict=True)]
             else:
                 hidden = [act(u) for u in hidden]
-            out = linear(f"{block}.mlp.down", hidden)
+            out = behind(f"{block}.mlp_norm", linear(f"{block}.mlp.down", hidden))
             streams[t] = [a + b for a, b in zip(streams[t], out, strict=True)]
     table = p["embedding.weight"] if c.tied else p["unembedding.weight"]
     finals = [norm("norm", s) for s in streams]
@@ -237,7 +306,7 @@ def test_last_takes_one_query_a_row(config: ModelConfig) -> None:
     model = visible_model(config)
     ids = some_ids(config, rows=3)
     last = torch.tensor([0, 8, 4])
-    torch.testing.assert_close(model(ids, last=last), model(ids)[torch.arange(3), last], atol=1e-6, rtol=0)
+    torch.testing.assert_close(model(ids, last=last), model(ids)[torch.arange(3), last], atol=1e-6, rtol=1e-6)
 
 
 @every_config

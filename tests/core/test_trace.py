@@ -52,23 +52,30 @@ def written_out(model: Model, ids: Sequence[int]) -> dict[str, Tensor]:
     places = torch.arange(len(ids))[None]
     turn = None
     if transformer.positions is not None:
-        x = steps["positions"] = x + transformer.positions(places)
+        x = steps["positions"] = x + transformer.positions(places + config.position_offset)
     else:
-        turn = rotation(places, config.head_dim, config.rope_theta, x.dtype)
+        dim = config.rope_dim or config.head_dim
+        turn = rotation(places, dim, config.rope_theta, x.dtype, config.rope_scaling)
     for layer, block in enumerate(transformer.blocks):
-        normed = block.attention_norm(x)
-        parts = (block.attention.query, block.attention.key, block.attention.value)
-        query, key, value = (part(normed).unflatten(-1, (-1, config.head_dim)).transpose(1, 2) for part in parts)
-        if turn is not None:
+        came_in = x
+        normed = x if config.norm_output else block.attention_norm(x)
+        parts = [part(normed) for part in (block.attention.query, block.attention.key, block.attention.value)]
+        if config.qk_norm != "none":
+            parts[:2] = block.attention.query_norm(parts[0]), block.attention.key_norm(parts[1])
+        query, key, value = (part.unflatten(-1, (-1, config.head_dim)).transpose(1, 2) for part in parts)
+        if turn is not None and layer not in config.unrotated:
             query, key = rotate(query, turn), rotate(key, turn)
-        pattern = attention_pattern(query, key, "causal")
+        pattern = attention_pattern(query, key, (config.windows[layer] if config.windows else None) or "causal")
         attention = block.attention.output(gather(pattern, value).transpose(1, 2).flatten(2))
+        attention = block.attention_norm(attention) if config.norm_output else attention
         x = x + attention
-        into = block.mlp_norm(x)
+        into = came_in if config.parallel else x
+        into = into if config.norm_output else block.mlp_norm(into)
         hidden = block.mlp.activation((block.mlp.gate or block.mlp.up)(into))
         if block.mlp.gate is not None:
             hidden = hidden * block.mlp.up(into)
         mlp = block.mlp.down(hidden)
+        mlp = block.mlp_norm(mlp) if config.norm_output else mlp
         x = x + mlp
         names = ("query", "key", "value", "pattern", "attention", "hidden", "mlp")
         values = (query, key, value, pattern, attention, hidden, mlp)
@@ -151,7 +158,13 @@ def test_heads_tell_where_they_look_and_how_much_they_add(config: ModelConfig, t
         parts = head_outputs(model.transformer, layer, weights, value)
         output = model.transformer.blocks[layer].get_submodule("attention.output")
         bias = output.bias if isinstance(output.bias, Tensor) else torch.zeros(config.width)
-        torch.testing.assert_close(parts.sum(0) + bias, steps[f"blocks.{layer}.attention"][0, -1], atol=1e-4, rtol=1e-4)
+        added = steps[f"blocks.{layer}.attention"][0, -1]
+        if config.norm_output:  # the norm stretches every dimension by something, and the bias of the output too
+            norm: Any = model.transformer.blocks[layer].get_submodule("attention_norm")
+            made = output(gather(weights[None, :, None], value[None])[0, :, 0].flatten())
+            own, less = (norm.bias, Tensor.mean) if config.norm == "layernorm" else (0.0, lambda vector: 0.0)
+            bias = own + (added - own) / (made - less(made)) * (bias - less(bias))
+        torch.testing.assert_close(parts.sum(0) + bias, added, atol=1e-4, rtol=1e-4)
         for head, one in enumerate(heads):
             row = weights[head].tolist()
             places = sorted(range(len(IDS)), key=lambda place: -row[place])[:3]

@@ -42,7 +42,7 @@ constexpr int GROUP = 32;  // columns that share a scale; every matrix is padded
 
 // What core/native.py fills in. Whoever changes a struct counts ABI up, here and there.
 
-constexpr int ABI = 2;
+constexpr int ABI = 3;
 
 enum Type : int32_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, INT4 = 3 };
 enum Activation : int32_t { GELU_TANH = 0, GELU = 1, RELU = 2, SILU = 3 };
@@ -66,17 +66,27 @@ struct Norm {
 
 struct Layer {
     Norm attention_norm, mlp_norm;
+    Norm query_norm, key_norm;  // RMS norms, or null
+    int32_t window;             // tokens that a query sees at most, itself the last; 0: all
+    int32_t rotated;            // whether queries and keys turn
     Matrix query, key, value, output, gate, up, down;
 };
 
 struct Model {
     int32_t layers, width, heads, kv_heads, head_dim, mlp_width, vocab, threads;
     int32_t rms, activation;
+    int32_t rope_dim;          // R: the first numbers of each head, which turn
+    int32_t parallel;          // whether the MLP reads what attention reads
+    int32_t norm_output;       // whether norms are of what attention and the MLP made, and not of what they read
+    int32_t qk_norm;           // of queries and keys: 0 none, 1 of each head, 2 of all heads as one
+    int32_t original_context;  // tokens beyond which frequencies depend on the position ("dynamic"); 0: they never do
     int32_t table_type;        // FLOAT32 or BFLOAT16
     float eps;
+    float rope_size;           // by what rotated vectors grow
+    float rope_factor;         // of "dynamic"
     const void* embedding;     // [V, C]
     const void* positions;     // [context, C], or null
-    const float* frequencies;  // [D / 2]: how fast a pair of dimensions turns; null without rotary positions
+    const float* frequencies;  // [R / 2]: how fast a pair of dimensions turns; null without rotary positions
     Norm norm;
     Matrix unembedding;
     const Layer* blocks;
@@ -427,9 +437,20 @@ void normalize(const float* x, const Norm& norm, int n, float eps, bool rms, flo
     }
 }
 
-// Turn each pair (i, i + D/2) of every head by its angle.
-void rotate(float* x, int heads, int head_dim, const float* cosines, const float* sines) {
-    const int half = head_dim / 2;
+// The RMS norm of n numbers that others stand behind, in place.
+void normalize_part(float* x, const float* weight, int n, float eps) {
+    Floats square{};
+    for (int i = 0; i < n; i += LANES) {
+        const Floats y = wide_first(n - i, x + i);
+        square += y * y;
+    }
+    const float scale = 1.f / std::sqrt(total(square) / n + eps);
+    for (int i = 0; i < n; i += LANES) store_first(n - i, x + i, wide_first(n - i, x + i) * scale * wide(weight + i));
+}
+
+// Turn each pair (i, i + R/2) of every head's first R numbers by its angle.
+void rotate(float* x, int heads, int head_dim, int dim, const float* cosines, const float* sines) {
+    const int half = dim / 2;
     for (int h = 0; h < heads; h++, x += head_dim)
         for (int i = 0; i < half; i++) {
             const float a = x[i], b = x[i + half];
@@ -634,12 +655,41 @@ public:
                     work(begin, end);
                 });
             };
-            const auto add_to_stream = [&](int b, int i, Floats y) { store(stream[b] + i, wide(stream[b] + i) + y); };
+            // What a matrix makes of its inputs goes to the stream, perhaps normed, for which all of it has to be there.
+            const auto add_to_stream = [&](const Matrix& matrix, const Norm& norm, Rows& inputs) {
+                Rows& to = m.norm_output ? made : stream;
+                multiplying(
+                    panels(matrix), [&] { own[t].take(inputs[0], inputs.stride, batch, matrix); },
+                    [&](int begin, int end) {
+                        multiply(matrix, begin, end, own[t], batch, [&](int b, int i, Floats y) {
+                            store(to[b] + i, m.norm_output ? y : wide(to[b] + i) + y);
+                        });
+                    });
+                if (m.norm_output)
+                    crew.phase(phase++, batch, [&](int begin, int end) {
+                        for (int b = begin; b < end; b++) {
+                            normalize(made[b], norm, m.width, m.eps, m.rms, made[b]);
+                            for (int i = 0; i < m.width; i += LANES) store(stream[b] + i, wide(stream[b] + i) + wide(made[b] + i));
+                        }
+                    });
+            };
             for (int l = 0; l < m.layers; l++) {
                 const Layer& layer = m.blocks[l];
+                const auto neurons = [&] {
+                    multiplying(
+                        panels(layer.up), [&] { read(t, batch, layer.mlp_norm, layer.up); },
+                        [&](int begin, int end) { hidden_neurons(t, batch, layer, begin, end); });
+                };
                 multiplying(
-                    panels(layer.query) + 2 * panels(layer.key), [&] { normed(t, batch, layer.attention_norm, layer.query); },
+                    panels(layer.query) + 2 * panels(layer.key), [&] { read(t, batch, layer.attention_norm, layer.query); },
                     [&](int begin, int end) { queries_keys_values(t, batch, layer, begin, end); });
+                if (m.qk_norm == 2)
+                    crew.phase(phase++, batch, [&](int begin, int end) {
+                        for (int b = begin; b < end; b++) {
+                            normalize_part(query[b], layer.query_norm.weight, m.heads * m.head_dim, m.eps);
+                            normalize_part(key[b], layer.key_norm.weight, m.kv_heads * m.head_dim, m.eps);
+                        }
+                    });
                 crew.phase(phase++, count * m.kv_heads, [&](int begin, int end) {
                     for (int head = begin; head < end; head++) {
                         const int r = head / m.kv_heads;
@@ -647,20 +697,15 @@ public:
                         // All tokens of a row, in order: who comes later sees the keys of those before.
                         for (int b = first_of[r]; b < first_of[r + 1]; b++) {
                             const int64_t length = lengths[r] + b - first_of[r];
-                            if (cache_type == FLOAT32) attention<float>(t, b, head % m.kv_heads, length, keys[l], values[l], at);
-                            else attention<bfloat16>(t, b, head % m.kv_heads, length, keys[l], values[l], at);
+                            if (cache_type == FLOAT32) attention<float>(t, b, head % m.kv_heads, layer, length, keys[l], values[l], at);
+                            else attention<bfloat16>(t, b, head % m.kv_heads, layer, length, keys[l], values[l], at);
                         }
                     }
                 });
-                multiplying(
-                    panels(layer.output), [&] { own[t].take(gathered[0], gathered.stride, batch, layer.output); },
-                    [&](int begin, int end) { multiply(layer.output, begin, end, own[t], batch, add_to_stream); });
-                multiplying(
-                    panels(layer.up), [&] { normed(t, batch, layer.mlp_norm, layer.up); },
-                    [&](int begin, int end) { hidden_neurons(t, batch, layer, begin, end); });
-                multiplying(
-                    panels(layer.down), [&] { own[t].take(hidden[0], hidden.stride, batch, layer.down); },
-                    [&](int begin, int end) { multiply(layer.down, begin, end, own[t], batch, add_to_stream); });
+                if (m.parallel) neurons();  // which read the stream as it came in
+                add_to_stream(layer.output, layer.attention_norm, gathered);
+                if (!m.parallel) neurons();
+                add_to_stream(layer.down, layer.mlp_norm, hidden);
             }
             multiplying(
                 panels(m.unembedding), [&] { normed(t, batch, m.norm, m.unembedding); },
@@ -681,13 +726,14 @@ private:
         if (batch <= rows) return;
         rows = 0;  // until all is there: the memory may not suffice
         stream.room(batch, m.width);
+        if (m.norm_output) made.room(batch, m.width);
         query.room(batch, m.heads * m.head_dim);
         key.room(batch, m.kv_heads * m.head_dim);
         value.room(batch, m.kv_heads * m.head_dim);
         gathered.room(batch, m.heads * m.head_dim);
         hidden.room(batch, m.mlp_width);
-        cosines.room(batch, m.head_dim / 2);
-        sines.room(batch, m.head_dim / 2);
+        cosines.room(batch, m.rope_dim / 2);
+        sines.room(batch, m.rope_dim / 2);
         for (auto& inputs : own) inputs.room(batch, std::max({stream.stride, gathered.stride, hidden.stride}));
         rows = batch;
     }
@@ -700,16 +746,28 @@ private:
             store(stream[b] + i, x);
         }
         if (m.frequencies)
-            for (int i = 0; i < m.head_dim / 2; i++) {
-                const float angle = float(position) * m.frequencies[i];
-                cosines[b][i] = std::cos(angle);
-                sines[b][i] = std::sin(angle);
+            for (int i = 0; i < m.rope_dim / 2; i++) {
+                const float angle = float(position) * m.frequencies[i] * slowed(position, i);
+                cosines[b][i] = std::cos(angle) * m.rope_size;
+                sines[b][i] = std::sin(angle) * m.rope_size;
             }
+    }
+    // By what a pair turns less far in a text up to this position ("dynamic" in core/rope.py): its base is larger.
+    float slowed(int64_t position, int i) const {
+        if (!m.original_context || position < m.original_context) return 1.f;
+        const float growth = m.rope_factor * float(position + 1) / float(m.original_context) - (m.rope_factor - 1.f);
+        return std::pow(growth, -2.f * float(i) / float(m.rope_dim - 2));
     }
     Floats from_table(const void* table, int64_t row, int i) const {
         const size_t at = size_t(row) * m.width + i;
         if (m.table_type == FLOAT32) return wide_first(m.width - i, (const float*)table + at);
         return wide_first(m.width - i, (const bfloat16*)table + at);
+    }
+
+    // Every row's stream as a matrix wants it.
+    void read(int t, int batch, const Norm& norm, const Matrix& next) {
+        if (m.norm_output) own[t].take(stream[0], stream.stride, batch, next);
+        else normed(t, batch, norm, next);
     }
 
     // The norm of every row's stream, for a thread of its own: cheaper than to wait for another's.
@@ -743,31 +801,39 @@ private:
 
     // All that is to be done for key-value head k of token b, by one thread: its key and value go to the cache, and the
     // H/K queries that share it gather.
-    template <class T> void attention(int t, int b, int k, int64_t length, void* all_keys, void* all_values, int64_t at) {
+    template <class T>
+    void attention(int t, int b, int k, const Layer& layer, int64_t length, void* all_keys, void* all_values, int64_t at) {
         const int d = m.head_dim, shared = m.heads / m.kv_heads;
         T* keys = (T*)all_keys + at;
         T* values = (T*)all_values + at;
         float* k_new = key[b] + k * d;
         float* queries = query[b] + k * shared * d;
-        if (m.frequencies) {
-            rotate(k_new, 1, d, cosines[b], sines[b]);
-            rotate(queries, shared, d, cosines[b], sines[b]);
+        if (m.qk_norm == 1) {
+            normalize_part(k_new, layer.key_norm.weight, d, m.eps);
+            for (int h = 0; h < shared; h++) normalize_part(queries + h * d, layer.query_norm.weight, d, m.eps);
+        }
+        if (m.frequencies && layer.rotated) {
+            rotate(k_new, 1, d, m.rope_dim, cosines[b], sines[b]);
+            rotate(queries, shared, d, m.rope_dim, cosines[b], sines[b]);
         }
         for (int i = 0; i < d; i++) {
             narrow(k_new[i], keys + size_t(length) * d + i);
             narrow(value[b][k * d + i], values + size_t(length) * d + i);
         }
         const float scale = 1.f / std::sqrt(float(d));
+        const int64_t seen = layer.window ? std::min<int64_t>(length + 1, layer.window) : length + 1;
+        keys += size_t(length + 1 - seen) * d;
+        values += size_t(length + 1 - seen) * d;
         for (int h = 0; h < shared; h++) {
             for (int i = 0; i < d; i++) scaled[t][i] = queries[h * d + i] * scale;
-            attend(scaled[t].data(), keys, values, int(length) + 1, d, scores[t].data(), gathered[b] + (k * shared + h) * d);
+            attend(scaled[t].data(), keys, values, int(seen), d, scores[t].data(), gathered[b] + (k * shared + h) * d);
         }
     }
 
     const Model m;
     int rows = 0;  // there is room for
     std::vector<int> first_of;                                         // each row's tokens, and the end
-    Rows stream, query, key, value, gathered, hidden, cosines, sines;  // shared by the threads
+    Rows stream, made, query, key, value, gathered, hidden, cosines, sines;  // shared by the threads
     std::vector<Inputs> own;                                           // for each thread: what it multiplies,
     std::vector<std::vector<float>> scores, scaled;                    // its attention and its query
     Crew crew;                                                         // last: it ends before what it works on
