@@ -26,7 +26,16 @@ from gptcli.spec.split import Share
 
 def styles(share: Share) -> dict[str, ParallelStyle]:
     """What happens around which modules; the others are left alone."""
+    config = share.config
+    together = {}
+    if config.qk_norm == "whole":
+        together = {
+            "blocks.*.attention.query_norm": NormedTogether(config.heads * config.head_dim),
+            # A key that several ranks hold is counted by each.
+            "blocks.*.attention.key_norm": NormedTogether(max(config.kv_heads, share.ranks) * config.head_dim),
+        }
     return {
+        **together,
         "embedding": LookedUp(*share.span("vocabulary")),
         "blocks.*.attention.output": Summed(),
         "blocks.*.mlp.down": Summed(),
@@ -83,6 +92,26 @@ class LookedUp(ParallelStyle):
 
         module.register_forward_pre_hook(look_up_own)
         module.register_forward_hook(sum_up)
+        return module
+
+
+class NormedTogether(ParallelStyle):
+    """An RMS norm of numbers that are dealt out: ``size`` of them on all ranks together."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self._size = size
+
+    def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
+        group, weight, eps = mesh.get_group(), module.get_parameter("weight"), float(module.eps)  # type: ignore[arg-type]
+
+        def forward(x: Tensor) -> Tensor:
+            wide = x.float()
+            squares = wide.square().sum(-1, keepdim=True)
+            dist.all_reduce(squares, group=group)
+            return (wide * torch.rsqrt(squares / self._size + eps) * weight.float()).to(x.dtype)
+
+        module.forward = forward  # type: ignore[assignment]
         return module
 
 

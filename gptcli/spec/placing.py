@@ -133,7 +133,7 @@ def plan_placing(
             holding(each, storage, context, sequences).total for each in (share, Share(config, ranks - 1, ranks))
         )
 
-    sizes = split_sizes(config) if config.qk_norm != "whole" else [1]
+    sizes = split_sizes(config)
     fitting = [n for n in sizes if card_bytes is not None and fullest(n) <= card_bytes]
     if tp is None:
         there = [n for n in sizes if n <= cards]

@@ -28,6 +28,8 @@ TABLE: tuple[tuple[str, By, int], ...] = (
     ("blocks.*.attention.query.*", "heads", 0),
     ("blocks.*.attention.key.*", "kv_heads", 0),
     ("blocks.*.attention.value.*", "kv_heads", 0),
+    ("blocks.*.attention.query_norm.weight", "heads", 0),
+    ("blocks.*.attention.key_norm.weight", "kv_heads", 0),
     ("blocks.*.attention.output.weight", "heads", 1),
     ("blocks.*.attention.output.bias", "first", 0),
     ("blocks.*.mlp.gate.*", "hidden", 0),
@@ -75,7 +77,8 @@ class Share:
     def slice(self, name: str) -> Slice:
         """This rank's slice of the tensor of that name."""
         by, dim = next(((by, dim) for pattern, by, dim in TABLE if fnmatchcase(name, pattern)), ("whole", 0))
-        if by == "whole" or self.ranks == 1:
+        each_head = self.config.qk_norm == "head" and "_norm." in name  # whose norm is one for all heads
+        if by == "whole" or self.ranks == 1 or each_head:
             return WHOLE
         if by == "first":
             return WHOLE if self.rank == 0 else Slice("first", 0, 0, 0)
@@ -131,9 +134,6 @@ def check_split(config: ModelConfig, ranks: int) -> None:
         raise UnsupportedError(f"the family {config.family} is here for counting only", "use a GPT-2 model")
     if ranks == 1:
         return
-    if config.qk_norm == "whole":
-        message = f"the family {config.family} norms the queries of all heads as one, which ranks do not have"
-        raise UnsupportedError(message, "run it in one process, with --offload if the card is too small")
     heads, kv_heads = config.heads, config.kv_heads
     if ranks < 1 or heads % ranks or (kv_heads % ranks and ranks % kv_heads):
         even = ", ".join(map(str, split_sizes(config)))

@@ -23,7 +23,7 @@ from gptcli.spec.config import from_hf
 from gptcli.text.tokenizer import Tokenizer
 from tests.cli.conftest import Run, run  # noqa: F401
 from tests.conftest import ROOT, tiny_tokenizer
-from tests.dist.together import MODELS, PROMPTS, said, whole
+from tests.dist.together import AXES, MODELS, PROMPTS, said, whole
 
 RANKS = (2, 4)
 COMMANDS: list[list[str]] = [
@@ -104,11 +104,20 @@ def test_ranks_say_what_one_process_says(folder: Path, name: str, ranks: int) ->
 
 
 @pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize("name", AXES)
+def test_every_axis_is_dealt_out(folder: Path, name: str, ranks: int) -> None:
+    with torch.inference_mode():
+        wanted = whole(AXES[name])(torch.tensor(PROMPTS[2:]))
+    found = load_file(folder / str(ranks) / "axes.safetensors")[name]
+    torch.testing.assert_close(found, wanted, rtol=0, atol=2e-5 * float(wanted.std() + 1))
+
+
+@pytest.mark.parametrize("ranks", RANKS)
 def test_ranks_quantize_their_own_slices(folder: Path, ranks: int) -> None:
     quantized = quantize_(whole(MODELS["llama"]), "int8")
     with torch.inference_mode():
         wanted, exact = (model(torch.tensor(PROMPTS[2:])) for model in (quantized, whole(MODELS["llama"])))
-    found = load_file(folder / str(ranks) / "int8.safetensors")["logits"]
+    found = load_file(folder / str(ranks) / "axes.safetensors")["int8"]
     assert (found - exact).norm() < 1.5 * (wanted - exact).norm()
 
 

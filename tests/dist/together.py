@@ -52,6 +52,13 @@ MODELS = {
     "llama": ModelConfig(**_LLAMA, heads=8, kv_heads=2, head_dim=6, tied=False),
     "one kv head": ModelConfig(**{**_LLAMA, "qkv_bias": True, "vocab_size": 303}, heads=4, kv_heads=1, head_dim=6),
 }
+_EACH: dict[str, Any] = {**_LLAMA, "heads": 4, "head_dim": 6}
+# One forward pass each: what a block does otherwise than these.
+AXES = {
+    "norms of heads": ModelConfig(**_EACH, kv_heads=2, qk_norm="head", windows=(None, 3)),
+    "norms of all heads": ModelConfig(**_EACH, kv_heads=2, qk_norm="whole", norm_output=True, tied=False),
+    "side by side": ModelConfig(**{**_GPT2, "position": "rope"}, heads=4, kv_heads=4, head_dim=6, rope_dim=4, parallel=True),
+}
 PROMPTS = [[5, 9, 250, 13], [7], [5, 9, 250, 13, 17, 300, 2, 77, 1, 4, 4]]
 GREEDY, WARM = Sampling(temperature=0), Sampling(temperature=0.9, top_p=0.95, repetition_penalty=1.1)
 
@@ -137,13 +144,17 @@ def ask(folder: Path, line: Line) -> None:
             line.tell({"do": "end"})
         else:
             follow(model, line)
-    model = part(MODELS["llama"], line, "int8")
-    if line.rank:
-        follow(model, line)
-        return
-    with torch.inference_mode():
-        save_file({"logits": model(torch.tensor(PROMPTS[2:]))}, folder / str(line.ranks) / "int8.safetensors")
-    line.tell({"do": "end"})
+    found = {}
+    for name, config in {**AXES, "int8": MODELS["llama"]}.items():
+        model = part(config, line, "int8" if name == "int8" else "none")
+        if line.rank:
+            follow(model, line)
+            continue
+        with torch.inference_mode():
+            found[name] = model(torch.tensor(PROMPTS[2:]))
+        line.tell({"do": "end"})
+    if line.rank == 0:
+        save_file(found, folder / str(line.ranks) / "axes.safetensors")
 
 
 def commands(folder: Path, line: Line) -> None:
