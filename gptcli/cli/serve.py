@@ -120,9 +120,13 @@ def serve(
                 out.note(f"OpenAI's API is at http://{f'[{host}]' if ':' in host else host}:{port}/v1")
 
         app = api.app(service, inner.routes)
+        if line is not None:
+            line.when_lost = lambda: service.stop()  # which is another once the server runs
         ended_by = server.run(app, service, sockets, ready=ready, idle_seconds=60 * idle)
         if ended_by == signal.SIGINT:
             raise KeyboardInterrupt
+        if line is not None:
+            line.check()
     finally:
         for each in sockets[1:]:
             each.close()

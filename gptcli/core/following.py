@@ -119,8 +119,11 @@ class Leading(Transformer):
             try:
                 yield
                 self._line.broken = False
-            except RuntimeError as error:
-                raise _explained(error) from error
+            except BaseException as error:
+                self._line.lose()
+                if isinstance(error, RuntimeError):
+                    raise _explained(error) from error
+                raise
             finally:
                 self._within = False
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -80,11 +81,13 @@ class Line:
         rank, ranks: which of how many this is.
         device: that this rank computes on.
         broken: whether the ranks are no longer at the same step, so that nothing can be told any more.
+        when_lost: called when that is so for good.
     """
 
     def __init__(self, rank: int, ranks: int, device: torch.device) -> None:
         self.rank, self.ranks, self.device = rank, ranks, device
         self.broken = False
+        self.when_lost: Callable[[], None] = lambda: None
         self._waiting: list[Any] = []  # to be told with the next message
         self._closed = False
 
@@ -107,6 +110,11 @@ class Line:
         """Raise GptcliError where the others no longer follow."""
         if self.broken or self._closed:
             raise GptcliError("the ranks no longer work together", "start all of them again")
+
+    def lose(self) -> None:
+        """The others can't be reached any more."""
+        self.broken = True
+        self.when_lost()
 
     def hear(self) -> list[Any]:
         """The others: what rank 0 tells, in its order."""

@@ -103,7 +103,7 @@ class NormedTogether(ParallelStyle):
         self._size = size
 
     def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
-        group, weight, eps = mesh.get_group(), module.get_parameter("weight"), float(module.eps)  # type: ignore[arg-type]
+        group, weight, eps = mesh.get_group(), module.get_parameter("weight"), float(module.eps)
 
         def forward(x: Tensor) -> Tensor:
             wide = x.float()

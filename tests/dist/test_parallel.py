@@ -8,7 +8,10 @@ import signal
 import socket
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +19,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gptcli.core.build import random_model
+from gptcli.core.build import open_model, random_model
 from gptcli.core.checkpoint import save_folder
+from gptcli.core.generate import generate, prompt_ids
 from gptcli.core.quantize import quantize_
+from gptcli.core.requests import Request
+from gptcli.core.settings import Sampling
 from gptcli.spec.config import from_hf
 from gptcli.text.tokenizer import Tokenizer
 from tests.cli.conftest import Run, run  # noqa: F401
@@ -27,13 +33,13 @@ from tests.dist.together import AXES, MODELS, PROMPTS, said, whole
 
 RANKS = (2, 4)
 COMMANDS: list[list[str]] = [
-    ["generate", "Once upon a time", "-n", "12", "--seed", "3", "--json"],
-    ["generate", "-", "-n", "9", "-t", "0", "--seed", "1", "--json"],
-    ["generate", "Once", "-n", "6", "--num-samples", "3", "--seed", "3", "--json"],
-    ["score", "Once upon a time there was a king.", "--json"],
-    ["predict", "Once upon a time there", "--json"],
-    ["generate", "Once upon a time " * 60, "--json"],
-    ["generate", "Once", "--compile"],
+    ["generate", "Once upon a time", "-n", "12", "--seed", "3", "--json", "--no-stdin"],
+    ["generate", "-", "-n", "6", "-t", "0", "--seed", "1", "--json"],
+    ["generate", "Once", "-n", "4", "--num-samples", "3", "--seed", "3", "--json", "--no-stdin"],
+    ["score", "Once upon a time there was a king.", "--json", "--no-stdin"],
+    ["predict", "Once upon a time there", "--json", "--no-stdin"],
+    ["generate", "Once upon a time " * 60, "--json", "--no-stdin"],
+    ["generate", "Once", "--compile", "--no-stdin"],
 ]
 STDIN = "One day the king said 你好 😀"
 
@@ -125,13 +131,13 @@ def test_ranks_quantize_their_own_slices(folder: Path, ranks: int) -> None:
 @pytest.mark.parametrize("number", range(len(COMMANDS)), ids=lambda number: " ".join(COMMANDS[number])[:40])
 def test_commands_give_the_same_answers(folder: Path, run: Run, number: int, ranks: int) -> None:
     args = COMMANDS[number]
-    alone = run(*args, "-m", folder / "tiny", stdin=STDIN.encode() if "-" in args else None)
     told = [json.loads((folder / str(ranks) / f"command-{number}-rank-{rank}.json").read_text()) for rank in range(ranks)]
     assert [one["out"] for one in told[1:]] == [""] * (ranks - 1)
     if "--compile" in args:
         assert told[0]["code"] == 2
         assert "--tp and --compile do not go together" in told[0]["out"]
         return
+    alone = run(*args, "-m", folder / "tiny", stdin=STDIN.encode() if "-" in args else None)
     assert told[0]["code"] == alone.code
     if alone.code:
         assert told[0]["out"].encode() == alone.err
@@ -192,3 +198,36 @@ def test_no_rank_is_left_behind_when_another_is_killed(pair: list[subprocess.Pop
 def test_no_rank_is_left_behind_when_the_first_is_killed(pair: list[subprocess.Popen[bytes]]) -> None:
     pair[0].kill()
     assert ended(pair[1]) == (1, b"", b"")
+
+
+def test_a_server_answers_several_at_once_with_all_ranks(folder: Path) -> None:
+    port = free_port()
+    command = ["gptcli", "serve", "--tp", "2", "--http", "0", "-m", str(folder / "tiny")]
+    ranks = [start(rank, 2, port, command) for rank in range(2)]
+    try:
+        assert ranks[0].stderr is not None
+        said = b""
+        while b"/v1" not in said:
+            said = ranks[0].stderr.readline()
+            assert said, ended(ranks[0])
+        url = said.decode().split()[-1] + "/completions"
+        asked = [{"model": "tiny", "prompt": text, "max_tokens": 6, "temperature": 0} for text in ("Once", "upon a time")]
+        with ThreadPoolExecutor() as pool:
+            together = list(pool.map(partial(posted, url), [*asked, *asked]))
+        assert together == [posted(url, one) for one in asked] * 2
+        model = open_model(folder / "tiny", Tokenizer.from_folder(folder / "tiny"), device="cpu")
+        for one, text in zip(asked, together, strict=False):
+            request = Request(prompt_ids(model, str(one["prompt"])), 0, 6)
+            assert text == "".join(step.text for step in generate(model, [request], Sampling(temperature=0)))
+        ranks[0].send_signal(signal.SIGTERM)
+        assert [ended(process)[:2] for process in ranks] == [(0, b""), (0, b"")]
+    finally:
+        for process in ranks:
+            process.kill()
+
+
+def posted(url: str, body: dict[str, Any]) -> str:
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=100) as answer:
+        text: str = json.load(answer)["choices"][0]["text"]
+        return text
