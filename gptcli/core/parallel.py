@@ -103,7 +103,8 @@ class NormedTogether(ParallelStyle):
         self._size = size
 
     def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
-        group, weight, eps = mesh.get_group(), module.get_parameter("weight"), float(module.eps)
+        norm: Any = module
+        group, weight, eps = mesh.get_group(), norm.weight, norm.eps
 
         def forward(x: Tensor) -> Tensor:
             wide = x.float()
@@ -111,7 +112,7 @@ class NormedTogether(ParallelStyle):
             dist.all_reduce(squares, group=group)
             return (wide * torch.rsqrt(squares / self._size + eps) * weight.float()).to(x.dtype)
 
-        module.forward = forward  # type: ignore[assignment]
+        norm.forward = forward
         return module
 
 
