@@ -6,8 +6,8 @@ logits are gathered on rank 0. All others work on the rank's own heads or hidden
 inferred from the matrices.
 
 The slices are ordinary tensors, so whatever knows one (quantizing, the cache, the kernels) knows a slice; torch's own
-styles keep them as DTensors, which have every operator go through Python, several times what a step of one token takes.
-The collectives are the same.
+styles keep them as DTensors, which take every operator through Python: some 600 microseconds a block's MLP where this
+takes 24, on one CPU, which a step of one token pays in every layer. The collectives are the same.
 """
 
 from __future__ import annotations

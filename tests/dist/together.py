@@ -11,6 +11,8 @@ import atexit
 import contextlib
 import io
 import json
+import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -33,9 +35,10 @@ from gptcli.core.pool import Pool
 from gptcli.core.prefixes import Prefixes
 from gptcli.core.quantize import quantize_
 from gptcli.core.requests import Request
-from gptcli.core.runtime import rank_place
+from gptcli.core.runtime import is_connection_lost, rank_place
 from gptcli.core.score import Mark, score
 from gptcli.core.settings import Sampling
+from gptcli.errors import GptcliError
 from gptcli.spec.config import ModelConfig
 from gptcli.spec.split import Share
 from gptcli.text.tokenizer import Tokenizer
@@ -174,6 +177,24 @@ def commands(folder: Path, line: Line) -> None:
         (folder / str(ranks) / f"command-{number}-rank-{line.rank}.json").write_text(json.dumps(told))
 
 
+def lose_one(folder: Path, line: Line) -> None:
+    """The last rank is killed in the middle of a forward pass; what the others come to."""
+    model = part(MODELS["gpt2"], line)
+    if line.rank == line.ranks - 1:
+        model.blocks[1].register_forward_pre_hook(lambda *given: os.kill(os.getpid(), signal.SIGKILL))
+    came = "nothing"
+    try:
+        if line.rank:
+            follow(model, line)
+        else:
+            model(torch.tensor(PROMPTS[:1]))
+    except GptcliError as error:
+        came = error.message
+    except RuntimeError as error:
+        came = "lost" if is_connection_lost(error) else str(error)
+    (folder / str(line.ranks) / f"end-{line.rank}").write_text(f"{came}, {line.broken}")
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
     place = rank_place()
@@ -182,7 +203,10 @@ def main() -> None:
     line = Line.start(place, "cpu")
     ask(folder, line)
     commands(folder, line)
-    leave()
+    if line.ranks == 4:
+        lose_one(folder, line)
+    else:
+        leave()
     end(0)
 
 
