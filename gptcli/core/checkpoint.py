@@ -20,7 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from gptcli.core.files import output_errors, sync, umask
+from gptcli.core import runtime
+from gptcli.core.files import output_errors, read_ahead, sync, umask
 from gptcli.core.model import Transformer
 from gptcli.errors import CorruptError
 from gptcli.spec.config import to_hf
@@ -29,6 +30,8 @@ from gptcli.spec.match import DiskTensor, Matched, disk_layout, written_name
 from gptcli.spec.split import Share
 
 SHARD_BYTES = 5_000_000_000
+# Smaller files are there before a thread is.
+_WORTH_AHEAD = 1 << 26
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "chat_template.jinja")
 
 
@@ -45,6 +48,9 @@ def load_weights(
     by_file: dict[Path, list[str]] = {}
     for name, (_, info) in matched.items():
         by_file.setdefault(info.file, []).append(name)
+    size = sum(info.end - info.begin for _, info in matched.values())
+    if share is None and _WORTH_AHEAD < size < (runtime.free_memory_bytes() or 0):
+        read_ahead(by_file)
     for file, names in by_file.items():
         try:
             with safe_open(file, framework="pt", device="cpu") as stream:

@@ -19,27 +19,28 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from common import ROOT, environment, report, seconds_of
 
 sys.path.insert(0, str(ROOT))
 
+if TYPE_CHECKING:
+    from gptcli.spec.config import ModelConfig
+
 SHARDS = 4
 _BLOCK = 1 << 24  # random numbers that are made once and used again
 
 
-def write(folder: Path, preset: str) -> int:
+def write(folder: Path, config: ModelConfig) -> int:
     """The folder, shard by shard; its bytes of weights."""
     import torch
     from safetensors.torch import save_file
 
     from gptcli.spec.config import to_hf
     from gptcli.spec.match import disk_layout, written_name
-    from gptcli.spec.presets import read_preset
     from tests.conftest import tiny_tokenizer
 
-    config = read_preset(preset)
     (folder / "config.json").write_text(json.dumps({**to_hf(config), "torch_dtype": "bfloat16"}))
     (folder / "tokenizer.json").write_bytes(tiny_tokenizer())
     noise = (torch.randn(_BLOCK, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
@@ -107,8 +108,11 @@ def main() -> None:
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=asked.folder) as name:
         folder = Path(name)
-        size = write(folder, asked.preset)
         from load_memory import measure
+
+        from gptcli.spec.presets import read_preset
+
+        size = write(folder, read_preset(asked.preset))
 
         reading = read_seconds(folder)
         forget(folder)
