@@ -323,6 +323,8 @@ def test_paper_and_text_commands_load_no_torch(tiny_folder: Path) -> None:
         ["count-params", "gpt3"],
         ["count-params", str(tiny_folder), "--json"],
         ["count-params", "gpt3", "--memory", "--flops", "--gpus", "8x80GB"],
+        ["count-params", "gpt3", "--plan", "--gpus", "8x141GB"],
+        ["generate", "-m", "gpt3", "--plan", "--gpus", "8x141GB"],
         ["count-params", str(tiny_folder), "--by", "tensor", "--format", "csv"],
         ["count-params", "--diff", "gpt2", str(tiny_folder)],
         ["count-params", str(tiny_folder), "--check", str(tiny_folder)],

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from gptcli.cli import options
+from gptcli.cli import options, placing
 from gptcli.cli.count_open import Counted, config_beside, find_config, is_file, only_config
 from gptcli.cli.count_views import BY, headline, view_csv, view_json, view_markdown, view_text
 from gptcli.cli.out import Output
@@ -52,6 +52,17 @@ def count_params(
     sequences: Annotated[
         int, typer.Option("--sequences", metavar="B", help="Texts answered at once, for --memory and --gpus.")
     ] = 1,
+    plan: placing.Plan = False,
+    tp: Annotated[
+        int | None, typer.Option("--tp", metavar="N", min=1, help="With --plan: over how many cards.")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option("--dtype", metavar="DTYPE", help="With --plan: auto, float32, bfloat16 or float16.")
+    ] = "auto",
+    quantize: Annotated[
+        str, typer.Option("--quantize", metavar="none|int8|int4", help="With --plan: matrices in fewer bits.")
+    ] = "none",
+    offload: Annotated[bool, typer.Option("--offload", help="With --plan: the layers on the host.")] = False,
     diff: Annotated[bool, typer.Option("--diff", help="Two models side by side.")] = False,
     check: Annotated[
         str | None,
@@ -80,6 +91,14 @@ def count_params(
     for name in ("pull", "remote"):
         options.refuse_offline(ctx, name)
     names = models or [model or DEFAULT_MODEL]
+    if plan:
+        options.choice("--quantize", quantize, options.QUANTIZE)
+        options.choice("--dtype", dtype, ("auto", "float32", "bfloat16", "float16"))
+        if gpus is None or len(names) > 1:
+            raise UsageError("--plan is for one model on cards that are named", "add --gpus, as 8x141GB")
+        how: dict[str, Any] = {"tp": tp, "dtype": dtype, "quantize": quantize, "offload": offload}
+        placing.show_placing(out, names[0], gpus, context=context, sequences=sequences, **how)
+        return
     find = _finder(names, remote, revision, pull, offline, out)
     _refuse_mixtures(ctx, diff, check, beyond=memory or flops or gpus is not None)
     if diff:

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gptcli.cli import options
+from gptcli.cli import options, placing, ranks
 from gptcli.cli.input import ERRORS, Source, one_text, sources
 from gptcli.cli.out import Output
 from gptcli.cli.warm import Runner, Warm, open_runner
 from gptcli.errors import CorruptError, UsageError
+from gptcli.spec.library import DEFAULT_MODEL
 from gptcli.text.documents import SEPARATOR
 
 if TYPE_CHECKING:
@@ -72,6 +73,10 @@ def generate(
     ] = None,
     compile: options.Compile = False,
     threads: options.Threads = None,
+    tp: ranks.Tp = None,
+    offload: ranks.Offload = False,
+    plan: placing.Plan = False,
+    gpus: placing.Gpus = None,
     offline: options.Offline = False,
     warm: Warm = None,
 ) -> None:
@@ -91,6 +96,11 @@ def generate(
     if logprobs is not None and not (0 <= logprobs <= 100 and out.json):
         raise UsageError(f"--logprobs {logprobs} needs --json and a number up to 100", "add --json")
     options.check_seed(seed)
+    if placing.asked(plan, gpus):
+        held: dict[str, Any] = {"dtype": dtype, "quantize": quantize, "tp": tp, "offload": offload}
+        placing.show_placing(out, model or DEFAULT_MODEL, gpus, sequences=min(num_samples, _ROWS_AT_ONCE), **held)
+        return
+    line = ranks.join(out, tp, "generate", device=device, threads=threads)
     from gptcli.core.settings import Sampling
 
     penalties = (repetition_penalty, frequency_penalty, presence_penalty)
@@ -104,7 +114,7 @@ def generate(
         prompts = list(_read_batch(batch, errors))
 
     how: dict[str, Any] = {"device": device, "dtype": dtype, "quantize": quantize, "threads": threads}
-    runner = open_runner(model, out, warm=warm, compile=compile, draft=draft_model, **how)
+    runner = open_runner(model, out, warm=warm, compile=compile, draft=draft_model, line=line, offload=offload, **how)
     from gptcli.core.requests import Timing
 
     options.check_biases(sampling.logit_bias, runner.name, runner.vocab_size)

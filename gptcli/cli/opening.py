@@ -16,6 +16,7 @@ from gptcli.spec.library import DEFAULT_MODEL, Found, resolve
 
 if TYPE_CHECKING:
     from gptcli.core.build import Model
+    from gptcli.core.group import Line
     from gptcli.text.tokenizer import Tokenizer
 
 
@@ -61,8 +62,13 @@ def open_for_inference(
     quantize: str = "none",
     threads: int | None = None,
     compile: bool = False,
+    line: Line | None = None,
+    offload: bool = False,
 ) -> Model:
-    """Find and load a model; the tokenizer loads while torch is imported."""
+    """Find and load a model; the tokenizer loads while torch is imported.
+
+    ``line`` and ``offload`` are as ``core.build.open_model`` takes them.
+    """
     from concurrent.futures import ThreadPoolExecutor
 
     found = find(name)
@@ -74,12 +80,25 @@ def open_for_inference(
         runtime.set_threads(threads)
         asked = {"device": device, "dtype": dtype, "quantize": quantize}
         model = open_model(
-            found.folder, tokenizer.result(), name=found.name, native=native_cache(), compile=compile, **asked
+            found.folder,
+            tokenizer.result(),
+            name=found.name,
+            native=native_cache(),
+            compile=compile,
+            line=line,
+            offload=offload,
+            **asked,
         )
     if compile:
         out.note("the step is compiled when the first token is made: that takes from seconds to minutes")
     bits = "" if model.quantize == "none" else f", its matrices in {model.quantize}"
     out.detail(f"{model.name} from {found.folder} on {model.device} in {model.dtype_name}{bits}")
+    if line is not None:
+        out.detail(f"dealt out to {line.ranks} ranks")
+    if offload and not model.told:
+        out.note(f"--offload: on {model.device} the weights are in the host's memory already; nothing is moved")
+    elif model.told:
+        out.detail(model.told)
     return model
 
 

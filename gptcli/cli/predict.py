@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gptcli.cli import options, predict_bars
+from gptcli.cli import options, predict_bars, ranks
 from gptcli.cli.distribution import as_json
 from gptcli.cli.input import ERRORS, Source, one_text, sources
 from gptcli.cli.out import Output
@@ -55,6 +55,8 @@ def predict(
     dtype: options.Dtype = "auto",
     quantize: options.Quantize = "none",
     threads: options.Threads = None,
+    tp: ranks.Tp = None,
+    offload: ranks.Offload = False,
     offline: options.Offline = False,
     warm: Warm = None,
 ) -> None:
@@ -76,13 +78,15 @@ def predict(
     asked.check(out)
     if choose and temperatures != [1.0] and options.strength(ctx, "temperature") == options.TYPED:
         raise UsageError("--choose weighs continuations at temperature 1", "leave out -t, or leave out --choose")
+    line = ranks.join(out, tp, "predict", device=device, threads=threads)
     found = sources([] if text is None else [text], file or [], no_stdin=no_stdin, strip=strip)
     texts = _lines(found, errors) if lines else iter([one_text(found, errors)])
     first = next(texts, None)  # what can't be read is told before a model is loaded
     if first is None:
         return
 
-    runner = open_runner(model, out, warm=warm, device=device, dtype=dtype, quantize=quantize, threads=threads)
+    how: dict[str, Any] = {"device": device, "dtype": dtype, "quantize": quantize, "threads": threads}
+    runner = open_runner(model, out, warm=warm, line=line, offload=offload, **how)
     work = _Work(out, runner, asked, top, temperatures, special == "parse", truncate_prompt is not None)
     texts = chain([first], texts)
     while group := list(islice(texts, _LINES_AT_ONCE)):

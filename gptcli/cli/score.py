@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gptcli.cli import options
+from gptcli.cli import options, placing, ranks
 from gptcli.cli.input import ERRORS, Source, sources
 from gptcli.cli.out import Output
 from gptcli.errors import UsageError
+from gptcli.spec.library import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from gptcli.cli.score_read import Reader
@@ -52,6 +53,10 @@ def score(
     dtype: options.Dtype = "auto",
     quantize: options.Quantize = "none",
     threads: options.Threads = None,
+    tp: ranks.Tp = None,
+    offload: ranks.Offload = False,
+    plan: placing.Plan = False,
+    gpus: placing.Gpus = None,
     offline: options.Offline = False,
 ) -> None:
     """Show how surprising each token of a text is.
@@ -69,11 +74,17 @@ def score(
         raise UsageError("--above nan is no number", "give a number of bits a byte, for instance 3")
     if stride is not None and stride < 1:
         raise UsageError(f"--stride {stride} is out of range", "it should be from 1 to the context")
+    if placing.asked(plan, gpus):
+        held: dict[str, Any] = {"dtype": dtype, "quantize": quantize, "tp": tp, "offload": offload}
+        placing.show_placing(out, model or DEFAULT_MODEL, gpus, sequences=1, **held)
+        return
+    line = ranks.join(out, tp, "score", device=device, threads=threads)
     found = sources([] if text is None else [text], file or [], no_stdin=no_stdin, strip=strip)
 
     from gptcli.cli.opening import open_for_inference
 
-    loaded = open_for_inference(model, out, device=device, dtype=dtype, quantize=quantize, threads=threads)
+    how: dict[str, Any] = {"device": device, "dtype": dtype, "quantize": quantize, "threads": threads}
+    loaded = open_for_inference(model, out, line=line, offload=offload, **how)
     from gptcli.cli.score_read import Reader
     from gptcli.core.score import check_stride, default_stride
 

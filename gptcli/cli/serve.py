@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gptcli import __version__
-from gptcli.cli import options
+from gptcli.cli import options, placing, ranks
 from gptcli.cli.out import Output
 from gptcli.cli.warm import check_extra
 from gptcli.errors import NotFoundError, OutputError, UsageError
+from gptcli.spec.library import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     import socket
@@ -57,6 +58,10 @@ def serve(
     dtype: options.Dtype = "auto",
     quantize: options.Quantize = "none",
     threads: options.Threads = None,
+    tp: ranks.Tp = None,
+    offload: ranks.Offload = False,
+    plan: placing.Plan = False,
+    gpus: placing.Gpus = None,
     offline: options.Offline = False,
     ready_fd: Annotated[int | None, typer.Option("--ready-fd", hidden=True)] = None,
 ) -> None:
@@ -66,6 +71,10 @@ def serve(
     """
     out: Output = ctx.obj
     options.choice("--quantize", quantize, options.QUANTIZE)
+    if placing.asked(plan, gpus):
+        held: dict[str, Any] = {"dtype": dtype, "quantize": quantize, "tp": tp, "offload": offload}
+        placing.show_placing(out, model or DEFAULT_MODEL, gpus, sequences=rows, **held)
+        return
     if status and stop:
         raise UsageError("--status and --stop exclude each other", "give one of them")
     if status or stop:
@@ -73,6 +82,7 @@ def serve(
         return
     check_extra()
     address = _parse_address(http) if http is not None and ready_fd is None else None
+    line = ranks.join(out, tp, "serve", device=device, threads=threads)
 
     from gptcli.cli.opening import find, open_for_inference
     from gptcli.serve.place import Place, claim, fingerprint, runtime_folder
@@ -96,7 +106,7 @@ def serve(
         if address:
             sockets.append(_listen(*address))
         asked: dict[str, Any] = {"device": device, "dtype": dtype, "quantize": quantize}
-        loaded = open_for_inference(str(found.folder), out, threads=threads, **asked)
+        loaded = open_for_inference(str(found.folder), out, threads=threads, line=line, offload=offload, **asked)
         loaded.name = found.name
         from gptcli.serve import inner, server
         from gptcli.serve.app import Service
@@ -114,9 +124,13 @@ def serve(
                 out.note(f"OpenAI's API is at http://{f'[{host}]' if ':' in host else host}:{port}/v1")
 
         app = api.app(service, inner.routes)
+        if line is not None:
+            line.when_lost = lambda: service.stop()  # which is another once the server runs
         ended_by = server.run(app, service, sockets, limits, ready=ready, idle_seconds=60 * idle)
         if ended_by == signal.SIGINT:
             raise KeyboardInterrupt
+        if line is not None:
+            line.check()
     finally:
         for each in sockets[1:]:
             each.close()

@@ -17,6 +17,7 @@ from gptcli.errors import CheckError, GptcliError, UnsupportedError, UsageError
 
 if TYPE_CHECKING:
     from gptcli.core.distribution import Continuation, Distribution
+    from gptcli.core.group import Line
     from gptcli.core.requests import Request, Step, Timing
     from gptcli.core.settings import Sampling
     from gptcli.serve.client import WarmModel
@@ -90,6 +91,8 @@ def open_runner(
     timeout: float | None = None,
     compile: bool = False,
     draft: str | None = None,
+    line: Line | None = None,
+    offload: bool = False,
 ) -> Runner:
     """A model for a command: the warm one if it is just what would be loaded, else loaded now.
 
@@ -97,19 +100,23 @@ def open_runner(
     are this process's, so whoever asks for some is not served by another, unless by one that is started. Of a warm
     one each answer may take ``timeout`` seconds; else it is a LateError.
 
-    ``compile`` and ``draft`` (the name of a model, or ``none``) are of this command alone, so the model is loaded here.
+    ``compile``, ``draft`` (the name of a model, or ``none``), ``line`` and ``offload`` are of this command alone, so
+    the model is loaded here.
     """
     asked: dict[str, Any] = {"device": device, "dtype": dtype, "quantize": quantize}
     drafting = draft not in (None, "none")
-    if warm and (compile or drafting):
-        raise UsageError("--compile and --draft-model need a model of their own", "leave out --warm")
-    if warm or (warm is None and threads is None and not compile and not drafting):
+    if drafting and line is not None:
+        raise UsageError("--draft-model and --tp do not go together", "leave out one of them")
+    own = compile or drafting or line is not None or offload
+    if warm and own:
+        raise UsageError("--compile, --draft-model, --tp and --offload need a model of their own", "leave out --warm")
+    if warm or (warm is None and threads is None and not own):
         found = find_warm(name, out, asked, start=bool(warm), threads=threads, timeout=timeout)
         if found is not None:
             return found
     from gptcli.cli.opening import open_for_inference
 
-    model = open_for_inference(name, out, threads=threads, compile=compile, **asked)
+    model = open_for_inference(name, out, threads=threads, compile=compile, line=line, offload=offload, **asked)
     drafter = open_for_inference(draft, out, threads=threads, **asked) if drafting else None
     from gptcli.core.runner import LocalModel
 

@@ -181,7 +181,7 @@ class KVCache:
 
     def copy(self, row: int, length: int, capacity: int) -> KVCache:
         """The first ``length`` tokens of one row, in a cache of their own with room for ``capacity``."""
-        other = object.__new__(KVCache)
+        other = object.__new__(type(self))
         other.lengths, other.capacity, other.moves, other._positions = [length], capacity, 0, None
         for name in ("keys", "values"):
             copies = []

@@ -22,14 +22,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from gptcli.core.files import output_errors, sync, umask
+from gptcli.core import runtime
+from gptcli.core.files import output_errors, read_ahead, sync, umask
 from gptcli.core.model import Transformer
 from gptcli.errors import CorruptError
 from gptcli.spec.config import to_hf
 from gptcli.spec.index import FILE_NAME, INDEX_NAME
 from gptcli.spec.match import DiskTensor, Matched, disk_layout, written_name
+from gptcli.spec.split import Share
 
 SHARD_BYTES = 5_000_000_000
+# Smaller files are there before a thread is.
+_WORTH_AHEAD = 1 << 26
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "vocab.json",
@@ -42,21 +46,39 @@ _TOKENIZER_FILES = (
 )
 
 
-def load_weights(model: Transformer, matched: Matched, *, device: torch.device, dtype: torch.dtype | None) -> None:
+def load_weights(
+    model: Transformer,
+    matched: Matched,
+    *,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    share: Share | None = None,
+) -> int:
     """Fill a model built on the meta device from the files of a matched folder, tensor by tensor.
 
     A tensor already of ``dtype`` and bound for the CPU stays mapped from the file; None leaves all in the types of the
-    file. Raises CorruptError when a file can't be read.
+    file. With a ``share`` only its slices are read. Returns how many bytes of the files were taken. Raises CorruptError
+    when a file can't be read.
     """
-    layout = disk_layout(model.config)
+    layout = disk_layout(share.config if share else model.config)
+    taken = 0
     by_file: dict[Path, list[str]] = {}
     for name, (_, info) in matched.items():
         by_file.setdefault(info.file, []).append(name)
+    size = sum(info.end - info.begin for _, info in matched.values())
+    if share is None and _WORTH_AHEAD < size < (runtime.free_memory_bytes() or 0):
+        read_ahead(by_file)
     for file, names in by_file.items():
         try:
             with safe_open(file, framework="pt", device="cpu") as stream:
                 for name in names:
+                    if share is not None:
+                        for ours, part, size in _slices(stream.get_slice(matched[name][0]), layout[name], share):
+                            taken += size
+                            _assign(model, ours, part.to(device=device, dtype=dtype or part.dtype).contiguous())
+                        continue
                     tensor = stream.get_tensor(matched[name][0])
+                    taken += tensor.nbytes
                     # On a device, move first: the transposed view then copies there and not here.
                     tensor = tensor.to(device=device, dtype=dtype or tensor.dtype)
                     for ours, part in our_parts(tensor, layout[name]):
@@ -64,6 +86,36 @@ def load_weights(model: Transformer, matched: Matched, *, device: torch.device, 
         except (SafetensorError, OSError) as error:
             raise CorruptError(f"{file} can't be read: {error}", "download or save the file again") from None
     model.tie()
+    return taken
+
+
+def _slices(stored: Any, entry: DiskTensor, share: Share) -> Iterator[tuple[str, Tensor, int]]:
+    """What a rank holds of one tensor on disk (``get_slice``): our names, slices, and the bytes that were looked at.
+
+    Of what stands by turns, the turns that hold some of it are.
+    """
+    heights = entry.rows()
+    turn, above = sum(heights), 0
+    for (ours, rows), height in zip(entry.parts, heights, strict=True):
+        slice_ = share.slice(ours)
+        start, stop = (slice_.start, slice_.stop) if slice_.dim == 0 else (0, rows)
+        first, end = start // height, -(-stop // height)  # turns
+        if entry.turns == 1:
+            ranges = [slice(above + start, above + stop)]
+        else:
+            ranges = [slice(first * turn, end * turn)]
+        ranges += [slice(None)] * (len(entry.shape) - 1)
+        if slice_.dim == 1:
+            ranges[1] = slice(slice_.start, slice_.stop)
+        if not slice_.empty:
+            tensor = stored[tuple(ranges[::-1] if entry.transpose else ranges)]
+            taken = tensor.nbytes
+            tensor = tensor.t() if entry.transpose else tensor
+            if entry.turns > 1:
+                own = tensor.unflatten(0, (end - first, turn))[:, above : above + height].flatten(0, 1)
+                tensor = own[start - first * height : stop - first * height]
+            yield ours, tensor, taken
+        above += height
 
 
 def our_parts(tensor: Tensor, entry: DiskTensor) -> Iterator[tuple[str, Tensor]]:

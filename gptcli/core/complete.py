@@ -249,7 +249,7 @@ class _Reader:
         self.forward, dtype = model.stepping.prefill(prompt=len(ids), tokens=steps, rows=rows)
         capacity = min(len(ids) + room, model.config.context)
         # With places for the rows to come.
-        self.cache = KVCache(model.config, rows, capacity, device=model.device, dtype=dtype)
+        self.cache = model.transformer.new_cache(rows, capacity, dtype)
         self.cache.set_lengths([0])
         found, self.logits = prefixes.find(ids, len(ids)) if prefixes else (None, None)
         if found:

@@ -55,7 +55,7 @@ class Decoder:
         longest = max(lengths)
         capacity, device = max(capacity, longest), self._weight.device
         forward, dtype = self.stepping.prefill(prompt=longest, tokens=capacity - longest, rows=len(prompts))
-        self.cache = KVCache(self.transformer.config, len(rows), capacity, device=device, dtype=dtype)
+        self.cache = self.transformer.new_cache(len(rows), capacity, dtype)
         self._step = None
         size = chunk_size(len(rows), device, self.transformer.config.rope_scaling)
         logits = in_chunks(forward, rows, self.cache, size)

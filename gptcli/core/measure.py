@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -121,7 +122,7 @@ def measure_load(folder: Path, model: Model, rounds: int) -> Figure:
     size = sum(file.stat().st_size for file in files)
 
     def load() -> None:
-        asked = {"device": str(model.device), "dtype": model.dtype_name, "quantize": model.quantize}
+        asked: dict[str, Any] = {"device": str(model.device), "dtype": model.dtype_name, "quantize": model.quantize}
         opened = open_model(folder, model.tokenizer, name=model.name, native=model.native, compile=False, **asked)
         _touch(opened.transformer)
         runtime.synchronize(model.device)

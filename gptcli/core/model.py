@@ -121,6 +121,10 @@ class Transformer(nn.Module):
             cache.advance(ids.shape[1])
         return stream
 
+    def new_cache(self, rows: int, capacity: int, dtype: torch.dtype) -> KVCache:
+        """An empty cache with room for ``capacity`` tokens in each row."""
+        return KVCache(self.config, rows, capacity, device=self.embedding.weight.device, dtype=dtype)
+
 
 class Block(nn.Module):
     """One layer: the stream plus what attention gathers, plus what the MLP makes of it.

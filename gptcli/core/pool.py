@@ -60,7 +60,7 @@ class Pool:
         cache, logits = self.prefixes.find(ids, len(ids)) if self.prefixes else (None, None)
         known = cache.lengths[0] if cache else 0
         if cache is None:
-            cache = KVCache(self.transformer.config, 1, len(ids), device=self._device, dtype=dtype)
+            cache = self.transformer.new_cache(1, len(ids), dtype)
         if logits is None:
             size = chunk_size(1, self._device, self.transformer.config.rope_scaling)
             logits = in_chunks(forward, [ids[known:]], cache, size)[0]
@@ -68,7 +68,7 @@ class Pool:
                 self.prefixes.keep(ids, cache, 0, logits)
         if self._cache is None:
             room = min(-(-(len(ids) + 1) // _ROOM) * _ROOM, self.transformer.config.context)
-            self._cache = KVCache(self.transformer.config, 0, max(room, len(ids)), device=self._device, dtype=dtype)
+            self._cache = self.transformer.new_cache(0, max(room, len(ids)), dtype)
         self._cache.join(cache)
         return logits, known
 

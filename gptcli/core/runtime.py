@@ -191,6 +191,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     return said or isinstance(error, MemoryError | torch.OutOfMemoryError)
 
 
+def is_connection_lost(error: BaseException) -> bool:
+    """Whether an error says that another rank can't be reached any more."""
+    said = str(error)
+    return isinstance(error, RuntimeError) and any(
+        words in said for words in ("onnection closed", "onnection reset", "roken pipe", "remote process exited")
+    )
+
+
 def cards() -> tuple[int, int]:
     """How many GPUs this machine has and the bytes of one, or 1 and the machine's memory where there is none."""
     if torch.cuda.is_available():

@@ -81,23 +81,31 @@ class Stepping:
     """
 
     def __init__(
-        self, transformer: Transformer, folder: Path | None = None, *, lean: bool = False, compile: bool = False
+        self,
+        transformer: Transformer,
+        folder: Path | None = None,
+        *,
+        lean: bool = False,
+        compile: bool = False,
+        plain: str | None = None,
     ) -> None:
         """Of ``transformer`` alone; with a ``folder`` of libraries also natively, and with ``lean`` by a ``Lean``.
 
-        With ``compile`` steps are compiled by torch, which takes up to minutes, instead of all that.
+        With ``compile`` steps are compiled by torch, which takes up to minutes, instead of all that. ``plain`` is why
+        only the transformer's own forward may be used, where something else happens within it; None: any may.
         """
         self.transformer = transformer
-        self.folder = folder
+        self.folder = None if plain else folder
+        self.plain = plain
         self.compiled = Compiled(transformer) if compile else None
         self.told = "no step was taken"
         self._device = transformer.embedding.weight.device
-        self._may_lean = lean and self._device.type == "cpu"
+        self._may_lean = lean and not plain and self._device.type == "cpu"
         self._quantized = not isinstance(transformer.unembedding, nn.Linear)
         self._lean: Lean | None = None
         self._library: native_build.Library | None = None
         self._native: native.NativeStep | None = None
-        self._no_native: str | None = None  # why there is none; None as well while nobody has looked
+        self._no_native = plain  # why there is none; None as well while nobody has looked
         self._loop: graphs.DeviceLoop | None = None
         self._loop_user: Callable[[], object | None] = lambda: None  # who has it, as long as that one lives
 
@@ -136,7 +144,7 @@ class Stepping:
 
         The last one is kept, with its memory and its graphs, and serves again once its ``user`` is gone.
         """
-        if self.compiled is None and not graphs.pays(self._device, tokens, rows):
+        if self.plain or (self.compiled is None and not graphs.pays(self._device, tokens, rows)):
             return None
         if self._loop is None or self._loop_user() is not None or not self._loop.fits(sampling, rows, capacity):
             self._loop = None

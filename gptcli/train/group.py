@@ -13,7 +13,6 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +24,12 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from gptcli.core import runtime
+from gptcli.core import group, runtime
 from gptcli.core.checkpoint import save_folder
 from gptcli.core.model import Transformer
 from gptcli.errors import UsageError
 from gptcli.train.loss import Objective
 from gptcli.train.ranks import Part, Ranks
-
-# How long a rank waits for another: as long as it takes rank 0 to prepare data or to save a large model. A rank that
-# died is found by who started it, and needs no time limit.
-_PATIENCE = timedelta(days=7)
 
 
 class Group(Ranks):
@@ -49,17 +44,7 @@ class Group(Ranks):
     @classmethod
     def start(cls, place: runtime.RankPlace, device: str) -> Group:
         """Meet the others; see ``ranks.join``."""
-        if device.startswith("cuda:") or device == "mps":
-            raise UsageError(f"{place.count} ranks can't share the device {device}", "use --device cuda or cpu")
-        if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
-            own = runtime.pick_device(f"cuda:{place.local_rank}")
-            torch.cuda.set_device(own)
-            # Numbers on the host go by gloo, so that no device has to be waited for.
-            backend = "cpu:gloo,cuda:nccl"
-        else:
-            own, backend = runtime.pick_device("cpu"), "gloo"
-        dist.init_process_group(backend, timeout=_PATIENCE)
-        return cls(place.rank, place.count, own)
+        return cls(place.rank, place.count, group.meet(place, device))
 
     def share(self, kind: str, dtype: torch.dtype) -> Group:
         kinds = {"ddp": DataParallel, "fsdp": FullyShard}
@@ -68,12 +53,7 @@ class Group(Ranks):
         return kinds[kind](self, dtype)
 
     def agree(self, data: bytes) -> bytes:
-        length = int(self.sums(len(data) if self.rank == 0 else 0)[0])  # exact in float64
-        told = torch.zeros(length, dtype=torch.uint8)
-        if self.rank == 0:
-            told.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-        dist.broadcast(told, 0)
-        return told.numpy().tobytes()
+        return group.broadcast(data)
 
     def sums(self, *numbers: float) -> list[float]:
         sums = torch.tensor(numbers, dtype=torch.float64)
@@ -122,7 +102,7 @@ class Group(Ranks):
 
     def leave(self) -> None:
         self.wait()
-        dist.destroy_process_group()
+        group.leave()
 
 
 class DataParallel(Group):
