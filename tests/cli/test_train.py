@@ -13,6 +13,7 @@ import pytest
 
 from tests.cli.conftest import SIZE, Run
 from tests.cli.training import SENTENCES, TEXT, checkpoint_names, events, of_kind, refused
+from tests.conftest import ROOT
 
 # --- What comes out
 
@@ -91,6 +92,23 @@ def test_the_run_can_be_read_in_train_toml(train: Run, text: Path, tmp_path: Pat
     assert (asked["lr"], asked["seed"], asked["steps"], asked["layers"]) == (0.005, 9, 2, 1)
     assert (asked["dtype"], asked["save_dtype"]) == ("float32", "float32")
     assert (asked["optimizer"], asked["vocab_size"], asked["micro_batch"]) == ("muon", 300, 2)
+
+
+def test_windows_and_scalings_are_toml_too(text: Path, tmp_path: Path, run: Run) -> None:
+    """A model of another family is gone on with; TOML has no null."""
+    tomllib = pytest.importorskip("tomllib" if sys.version_info >= (3, 11) else "tomli")
+    config = json.loads((ROOT / "tests" / "data" / "golden" / "qwen2" / "config.json").read_text())
+    config["rope_parameters"] |= {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 48}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    out = tmp_path / "out"
+    done = run(
+        "train", text, "-o", out, "--config", tmp_path / "config.json", "--vocab-size", "280", "--steps", "1", "-q"
+    )
+    assert done.code == 0, done.err
+    asked = tomllib.loads((out / "train.toml").read_text())
+    assert asked["windows"] == [0, 5, 5]
+    assert asked["rope_scaling"]["original_context"] == 48
+    assert "attention_factor" not in asked["rope_scaling"]
 
 
 def test_the_same_seed_gives_the_same_weights_to_the_bit(train: Run, text: Path, tmp_path: Path) -> None:
