@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import multiprocessing
+import os
 import socket
 import stat
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from gptcli.errors import CorruptError, ResourceError
-from gptcli.serve.place import Place, claim, fingerprint, places, runtime_folder
+from gptcli.serve.place import Claim, Place, claim, claim_or_meet, fingerprint, places, runtime_folder
 from tests.conftest import PATIENCE
 
 
@@ -118,6 +121,35 @@ def test_of_many_that_start_at_once_one_serves(place: Place) -> None:
     assert sorted(told.get(timeout=PATIENCE) for _ in children) == [False] * 7 + [True]
     for child in children:
         child.join(PATIENCE)
+
+
+def test_whoever_comes_second_waits_until_the_first_listens(place: Place) -> None:
+    lock = os.open(place.lock, os.O_RDWR | os.O_CREAT, 0o600)
+    fcntl.flock(lock, fcntl.LOCK_EX)  # it is about to listen
+    met: list[object] = []
+    waiting = threading.Thread(target=lambda: met.append(claim_or_meet(place)))
+    waiting.start()
+    waiting.join(0.1)
+    assert not met
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(place.socket))
+        listener.listen()
+        waiting.join(PATIENCE)
+        assert met == [None]
+    os.close(lock)
+
+
+def test_whoever_comes_second_takes_over_from_one_that_never_listened(place: Place) -> None:
+    lock = os.open(place.lock, os.O_RDWR | os.O_CREAT, 0o600)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    met: list[Claim | None] = []
+    waiting = threading.Thread(target=lambda: met.append(claim_or_meet(place)))
+    waiting.start()
+    os.close(lock)
+    waiting.join(PATIENCE)
+    (held,) = met
+    assert held
+    held.release()
 
 
 def test_two_models_have_two_places_and_a_link_to_one_has_its(tmp_path: Path) -> None:
