@@ -7,6 +7,9 @@ import multiprocessing
 import os
 import socket
 import stat
+import subprocess
+import sys
+import tempfile
 import threading
 from pathlib import Path
 from typing import Any
@@ -50,6 +53,49 @@ def test_somebody_elses_folder_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("os.getuid", lambda: 4711)
     with pytest.raises(CorruptError):
         runtime_folder({"XDG_RUNTIME_DIR": str(tmp_path)})
+
+
+# What another user gets to see of a folder and of a socket in it, as lines; run as root, who can become that user.
+STRANGER = """
+import os, socket, sys
+folder, path = sys.argv[1:]
+os.setgroups([])
+os.setgid(65534)
+os.setuid(65534)
+def tried(what, act):
+    try:
+        act()
+        print(what, "can")
+    except PermissionError:
+        print(what, "can't")
+tried("list", lambda: os.listdir(folder))
+tried("look", lambda: os.stat(path))
+tried("connect", lambda: socket.socket(socket.AF_UNIX).connect(path))
+tried("replace", lambda: os.rename(path, path + "x"))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="only root can try as another user")
+def test_another_user_can_neither_list_nor_connect() -> None:
+    with tempfile.TemporaryDirectory(prefix="gptcli-", dir="/tmp") as above:
+        Path(above).chmod(0o755)  # so that nothing but our own modes is in the way
+        place = Place.of(runtime_folder({"XDG_RUNTIME_DIR": above}), Path(above) / "tiny")
+        held = claim(place)
+        assert held
+
+        def stranger() -> dict[str, str]:
+            command = [sys.executable, "-c", STRANGER, str(place.folder), str(place.socket)]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=True)
+            return dict(line.split(" ") for line in done.stdout.splitlines())
+
+        try:
+            assert stranger() == dict.fromkeys(("list", "look", "connect", "replace"), "can't")
+            place.folder.chmod(0o755)  # and if the folder were open: the socket still is not
+            assert stranger() == {"list": "can", "look": "can", "connect": "can't", "replace": "can't"}
+            place.socket.chmod(0o666)  # which is what keeps them out
+            assert stranger()["connect"] == "can"
+        finally:
+            held.release()
 
 
 def test_without_a_runtime_folder_of_the_system_it_is_a_temporary_one(
