@@ -355,3 +355,17 @@ def test_a_cold_answer_loads_torch_and_little_else(tiny_folder: Path) -> None:
     asked = {layer(name) for name in names if name.startswith("gptcli.")}
     assert asked == {"cli", "core", "errors", "serve", "spec", "text"}
     assert {name for name in names if name.startswith("gptcli.serve.")} == {"gptcli.serve.place"}  # is a model warm?
+
+
+def test_asking_a_warm_model_takes_little_to_import() -> None:
+    """TLS, mail headers and OpenSSL's hashes would take longer to load than the model to answer."""
+    asks = ["gptcli.cli", "gptcli.cli.complete", "gptcli.cli.opening", "gptcli.serve.client"]
+    code = f"import importlib, sys\nfor name in {asks}: importlib.import_module(name)\nprint(*sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, timeout=PATIENCE, check=True
+    )
+    names = set(done.stdout.decode().split())
+    assert "gptcli.serve.wire" in names
+    assert not names & {"http", "http.client", "ssl", "email", "hashlib", "_hashlib", "tempfile", "asyncio", "pydantic"}
+    assert not {top(name) for name in names} & {*HEAVY, "tiktoken", "rich"}

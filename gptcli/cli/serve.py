@@ -85,11 +85,11 @@ def serve(
     line = ranks.join(out, tp, "serve", device=device, threads=threads)
 
     from gptcli.cli.opening import find, open_for_inference
-    from gptcli.serve.place import Place, claim, fingerprint, runtime_folder
+    from gptcli.serve.place import Place, claim, claim_or_meet, fingerprint, runtime_folder
 
     found = find(model)
     place = Place.of(runtime_folder(), found.folder)
-    claimed = claim(place)
+    claimed = claim(place) if ready_fd is None else claim_or_meet(place)
     if ready_fd is not None:
         with suppress(OSError):
             os.write(ready_fd, b"1")
@@ -170,8 +170,7 @@ def _listen(host: str, port: int) -> socket.socket:
 def _asked_places(model: str | None) -> Iterator[Place]:
     """Where to look: at one model's place, or at all that listen."""
     from gptcli.cli.opening import find
-    from gptcli.cli.warm import listens
-    from gptcli.serve.place import Place, places, runtime_folder
+    from gptcli.serve.place import Place, listens, places, runtime_folder
 
     runtime = runtime_folder()
     if model is not None:

@@ -137,7 +137,7 @@ def find_warm(
     None where there is none to be had; ``-v`` says why.
     """
     from gptcli.cli.opening import find
-    from gptcli.serve.place import Place, runtime_folder
+    from gptcli.serve.place import Place, listens, runtime_folder
 
     folder = find(name).folder
     place = Place.of(runtime_folder(), folder)
@@ -163,16 +163,6 @@ def find_warm(
         return None
     out.detail(f"{warm.name} from the warm process at {place.socket}")
     return warm
-
-
-def listens(place: Place) -> bool:
-    """Whether somebody does; a socket that nobody reads any more refuses."""
-    import socket
-
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe, suppress(OSError):
-        probe.connect(str(place.socket))
-        return True
-    return False
 
 
 def start_process(place: Place, folder: Path, asked: Mapping[str, str], threads: int | None = None) -> Any:

@@ -1,15 +1,12 @@
 """The other end of ``serve/inner.py``: a model that is warm in another process, as this one sees it.
 
-Only the standard library, so that a command that finds a warm model answers before it could have imported torch.
+Little is imported, so that a command that finds a warm model answers before it could have imported torch.
 """
 
 from __future__ import annotations
 
-import http.client
 import json
-import socket
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -19,6 +16,7 @@ from gptcli.core.requests import Choice, Request, Step, Timing
 from gptcli.core.settings import Sampling
 from gptcli.errors import GptcliError, NotFoundError
 from gptcli.serve.place import Place
+from gptcli.serve.wire import Answer, Wire, WireError
 
 
 class GoneError(NotFoundError):
@@ -29,29 +27,12 @@ class LateError(GoneError):
     """The warm process did not answer in time."""
 
 
-class _Connection(http.client.HTTPConnection):
-    """HTTP over a Unix socket."""
-
-    def __init__(self, place: Place, timeout: float | None) -> None:
-        super().__init__("localhost", timeout=timeout)
-        self._place = place
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(self.timeout)
-        try:
-            self.sock.connect(str(self._place.socket))
-        except OSError:
-            self.sock.close()
-            raise
-
-
 class Client:
     """One connection to a warm process; a request at a time."""
 
     def __init__(self, place: Place, timeout: float | None = None) -> None:
         """Nothing is opened yet. ``timeout``: seconds that any answer may keep one waiting; None waits."""
-        self._connection = _Connection(place, timeout)
+        self._wire = Wire(place.socket, timeout)
 
     def get(self, path: str) -> dict[str, Any]:
         """The JSON object that a path gives. Raises GoneError, or the error that the process tells."""
@@ -71,41 +52,30 @@ class Client:
                     raise error_from(value)
                 yield value
         finally:
-            if not answer.isclosed():
+            if not answer.ended:
                 self.close()
 
     def open(self, timeout: float | None = None) -> None:
         """Connect anew, and from now on with this ``timeout``: ``interrupt`` finds somebody. Raises GoneError."""
-        self.close()
-        self._connection.timeout = timeout
-        _or_gone(self._connection.connect)
+        _or_gone(lambda: self._wire.open(timeout))
 
     def close(self) -> None:
         """Hang up; the next request opens a new connection."""
-        self._connection.close()
+        self._wire.close()
 
     def interrupt(self) -> None:
         """Let whoever waits for an answer find that there is none (GoneError); from another thread or a signal."""
-        connected = self._connection.sock  # which the other thread may close meanwhile
-        if connected is not None:
-            with suppress(OSError):
-                connected.shutdown(socket.SHUT_RDWR)
+        self._wire.interrupt()
 
-    def _ask(self, method: str, path: str, body: Mapping[str, Any] | None) -> http.client.HTTPResponse:
+    def _ask(self, method: str, path: str, body: Mapping[str, Any] | None) -> Answer:
         data = None if body is None else json.dumps(body, ensure_ascii=False).encode("utf-8", "surrogatepass")
-        headers = {"Content-Type": "application/json"} if data is not None else {}
-
-        def answer() -> http.client.HTTPResponse:
-            self._connection.request(method, path, data, headers)
-            return self._connection.getresponse()
-
-        found = _or_gone(answer)
+        found: Answer = _or_gone(lambda: self._wire.ask(method, path, data))
         if found.status != 200:
             raise error_from(self._object(found))
         return found
 
     @staticmethod
-    def _object(answer: http.client.HTTPResponse) -> dict[str, Any]:
+    def _object(answer: Answer) -> dict[str, Any]:
         try:
             value = json.loads(_or_gone(answer.read))
         except ValueError:
@@ -120,7 +90,7 @@ def _or_gone(ask: Any) -> Any:
         return ask()
     except TimeoutError:
         raise LateError("the warm process did not answer in time", "give it more, or use --no-warm") from None
-    except (OSError, http.client.HTTPException) as error:
+    except (OSError, WireError) as error:
         what = type(error).__name__ if not str(error) else str(error)
         raise GoneError(f"the warm process does not answer: {what}", "run it again, or with --no-warm") from None
 

@@ -9,20 +9,30 @@ Without torch, and without anything that takes long to import: it is read at eve
 from __future__ import annotations
 
 import fcntl
-import hashlib
+import importlib
 import os
 import socket
 import stat
-import tempfile
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from gptcli.errors import CorruptError, NotFoundError, ResourceError
 
 # The bytes of a socket's path that every system takes (Linux 107, macOS 103).
 _LONGEST = 103
+_MOMENT = 0.01  # seconds
+
+
+def _sha256(data: bytes = b"") -> Any:
+    """hashlib's, without OpenSSL where Python has one of its own: loading that takes longer than asking."""
+    for name in ("_sha2", "_sha256"):
+        with suppress(ImportError):
+            return importlib.import_module(name).sha256(data)
+    return importlib.import_module("hashlib").sha256(data)
 
 
 def runtime_folder(environment: Mapping[str, str] = os.environ) -> Path:
@@ -31,8 +41,12 @@ def runtime_folder(environment: Mapping[str, str] = os.environ) -> Path:
     ``$XDG_RUNTIME_DIR/gptcli``, or ``gptcli-UID`` among the temporary files. Raises CorruptError where it belongs to
     somebody else or others may write there: they could answer in our name, and read what is asked.
     """
-    told = environment.get("XDG_RUNTIME_DIR")
-    folder = Path(told) / "gptcli" if told else Path(tempfile.gettempdir()) / f"gptcli-{os.getuid()}"
+    if told := environment.get("XDG_RUNTIME_DIR"):
+        folder = Path(told) / "gptcli"
+    else:
+        import tempfile
+
+        folder = Path(tempfile.gettempdir()) / f"gptcli-{os.getuid()}"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = folder.lstat()
@@ -56,7 +70,7 @@ class Place:
     @classmethod
     def of(cls, runtime: Path, model: Path) -> Place:
         """The place of a model's folder."""
-        key = hashlib.sha256(os.fsencode(model.resolve())).hexdigest()[:12]
+        key = _sha256(os.fsencode(model.resolve())).hexdigest()[:12]
         return cls(runtime, f"{model.resolve().name[:24]}-{key}")
 
     @property
@@ -124,9 +138,27 @@ def claim(place: Place) -> Claim | None:
     return Claim(place, lock, listener)
 
 
+def listens(place: Place) -> bool:
+    """Whether somebody does; a socket that nobody reads any more refuses."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe, suppress(OSError):
+        probe.connect(str(place.socket))
+        return True
+    return False
+
+
+def claim_or_meet(place: Place) -> Claim | None:
+    """As ``claim``; but where it is somebody else's, None comes back only when that one listens there.
+
+    Between their lock and their socket there is a moment in which whoever is told to connect would find nobody.
+    """
+    while (claimed := claim(place)) is None and not listens(place):
+        time.sleep(_MOMENT)
+    return claimed
+
+
 def fingerprint(model: Path) -> str:
     """Changes when a file of a model's folder does: names, sizes and times, not contents."""
-    digest = hashlib.sha256()
+    digest = _sha256()
     with suppress(OSError):
         for file in sorted(model.iterdir()):
             if file.suffix in (".json", ".safetensors", ".txt", ".jinja"):

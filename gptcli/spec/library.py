@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from gptcli.errors import CheckError, CorruptError, NotFoundError
 from gptcli.spec.index import FILE_NAME, INDEX_NAME
@@ -215,14 +214,18 @@ def _lines(file: Path) -> list[str]:
 
 def sha256(file: Path) -> str:
     """The SHA-256 of a file, in hex."""
+    import hashlib
+
     return _digest(file, hashlib.sha256())
 
 
 def _git_sha1(file: Path) -> str:
+    import hashlib
+
     return _digest(file, hashlib.sha1(f"blob {file.stat().st_size}\0".encode(), usedforsecurity=False))
 
 
-def _digest(file: Path, digest: hashlib._Hash) -> str:
+def _digest(file: Path, digest: Any) -> str:
     with file.open("rb") as stream:
         while block := stream.read(1 << 20):
             digest.update(block)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import fcntl
 import multiprocessing
+import os
 import socket
 import stat
+import subprocess
+import sys
+import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from gptcli.errors import CorruptError, ResourceError
-from gptcli.serve.place import Place, claim, fingerprint, places, runtime_folder
+from gptcli.serve.place import Claim, Place, claim, claim_or_meet, fingerprint, places, runtime_folder
 from tests.conftest import PATIENCE
 
 
@@ -47,6 +53,49 @@ def test_somebody_elses_folder_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("os.getuid", lambda: 4711)
     with pytest.raises(CorruptError):
         runtime_folder({"XDG_RUNTIME_DIR": str(tmp_path)})
+
+
+# What another user gets to see of a folder and of a socket in it, as lines; run as root, who can become that user.
+STRANGER = """
+import os, socket, sys
+folder, path = sys.argv[1:]
+os.setgroups([])
+os.setgid(65534)
+os.setuid(65534)
+def tried(what, act):
+    try:
+        act()
+        print(what, "can")
+    except PermissionError:
+        print(what, "can't")
+tried("list", lambda: os.listdir(folder))
+tried("look", lambda: os.stat(path))
+tried("connect", lambda: socket.socket(socket.AF_UNIX).connect(path))
+tried("replace", lambda: os.rename(path, path + "x"))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="only root can try as another user")
+def test_another_user_can_neither_list_nor_connect() -> None:
+    with tempfile.TemporaryDirectory(prefix="gptcli-", dir="/tmp") as above:
+        Path(above).chmod(0o755)  # so that nothing but our own modes is in the way
+        place = Place.of(runtime_folder({"XDG_RUNTIME_DIR": above}), Path(above) / "tiny")
+        held = claim(place)
+        assert held
+
+        def stranger() -> dict[str, str]:
+            command = [sys.executable, "-c", STRANGER, str(place.folder), str(place.socket)]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=True)
+            return dict(line.split(" ") for line in done.stdout.splitlines())
+
+        try:
+            assert stranger() == dict.fromkeys(("list", "look", "connect", "replace"), "can't")
+            place.folder.chmod(0o755)  # and if the folder were open: the socket still is not
+            assert stranger() == {"list": "can", "look": "can", "connect": "can't", "replace": "can't"}
+            place.socket.chmod(0o666)  # which is what keeps them out
+            assert stranger()["connect"] == "can"
+        finally:
+            held.release()
 
 
 def test_without_a_runtime_folder_of_the_system_it_is_a_temporary_one(
@@ -118,6 +167,35 @@ def test_of_many_that_start_at_once_one_serves(place: Place) -> None:
     assert sorted(told.get(timeout=PATIENCE) for _ in children) == [False] * 7 + [True]
     for child in children:
         child.join(PATIENCE)
+
+
+def test_whoever_comes_second_waits_until_the_first_listens(place: Place) -> None:
+    lock = os.open(place.lock, os.O_RDWR | os.O_CREAT, 0o600)
+    fcntl.flock(lock, fcntl.LOCK_EX)  # it is about to listen
+    met: list[object] = []
+    waiting = threading.Thread(target=lambda: met.append(claim_or_meet(place)))
+    waiting.start()
+    waiting.join(0.1)
+    assert not met
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(place.socket))
+        listener.listen()
+        waiting.join(PATIENCE)
+        assert met == [None]
+    os.close(lock)
+
+
+def test_whoever_comes_second_takes_over_from_one_that_never_listened(place: Place) -> None:
+    lock = os.open(place.lock, os.O_RDWR | os.O_CREAT, 0o600)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    met: list[Claim | None] = []
+    waiting = threading.Thread(target=lambda: met.append(claim_or_meet(place)))
+    waiting.start()
+    os.close(lock)
+    waiting.join(PATIENCE)
+    (held,) = met
+    assert held
+    held.release()
 
 
 def test_two_models_have_two_places_and_a_link_to_one_has_its(tmp_path: Path) -> None:

@@ -161,7 +161,7 @@ def test_two_who_start_at_once_share_one_process(gptcli: Gptcli, folder: Path) -
         thread.start()
     for thread in threads:
         thread.join()
-    assert [each.returncode for each in done] == [0, 0, 0]
+    assert [each.returncode for each in done] == [0, 0, 0], [each.stderr for each in done]
     assert len({each.stdout for each in done}) == 1
     assert status_of(folder)["requests"] == 3
 
