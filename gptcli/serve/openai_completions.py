@@ -23,6 +23,7 @@ from gptcli.serve.openai_answer import Job, run
 from gptcli.serve.openai_error import ApiError, encode, wrong
 from gptcli.serve.openai_fields import MANY, REFUSED_IN_COMPLETIONS, Fields, aside, sampling_of, stops_of, streams
 from gptcli.serve.openai_text import Told, Writer, spelled, told_of
+from gptcli.text.infill import Infill
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,10 @@ async def complete(request: HttpRequest, fields: Fields, limits: Limits, metrics
     seed = seed_of(fields)
     echo, ignore_eos = fields.flag("echo"), fields.flag("ignore_eos")
     prompts = await aside(fields, prompts_of, fields, model)
+    if suffix := fields.text("suffix"):
+        infill = _infill(model, echo)
+        stop = (*stop, *infill.ends)
+        prompts = await aside(fields, _between, infill, model, prompts, suffix)
     check_count(limits, len(prompts) * each)
     tickets: list[Ticket] = []
     writers: list[Writer] = []
@@ -91,6 +96,27 @@ async def complete(request: HttpRequest, fields: Fields, limits: Limits, metrics
             writers.append(Writer(model.tokenizer, prompt.text if echo else "", echoed))
     job = Job(tickets, writers, each, CompletionForm(), logprobs is not None, stream, usage_at_end)
     return await run(request, job, metrics)
+
+
+def _infill(model: Model, echo: bool) -> Infill:
+    """How the model fills in before a suffix. Raises ApiError where it can't."""
+    infill = Infill.of(model.tokenizer)
+    if infill is None:
+        message = (
+            f"{model.name} continues texts and knows nothing of what follows: its tokenizer has no tokens for filling "
+            "in (such as <|fim_prefix|>). gptcli complete --suffix ranks continuations by how well a suffix follows"
+        )
+        raise ApiError(message, param="suffix", code="unsupported_parameter")
+    if echo:
+        raise ApiError("echo shows nothing sensible beside a suffix", param="echo", code="unsupported_parameter")
+    return infill
+
+
+def _between(infill: Infill, model: Model, prompts: Sequence[Prompt], suffix: str) -> list[Prompt]:
+    """Prompts that ask for what stands between each and the suffix."""
+    return [
+        Prompt(infill.prompt(model.tokenizer, prompt.ids[prompt.added :], suffix), prompt.text) for prompt in prompts
+    ]
 
 
 async def _echoed(service: Service, prompt: Prompt, logprobs: int) -> list[Told]:

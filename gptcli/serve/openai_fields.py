@@ -43,7 +43,7 @@ _FOR_ALL: dict[str, tuple[Any, ...]] = {
     "structured_outputs": (),
     "response_format": ({"type": "text"},),
 }
-REFUSED_IN_COMPLETIONS = {**_FOR_ALL, "suffix": ("",)}
+REFUSED_IN_COMPLETIONS = _FOR_ALL
 REFUSED_IN_CHAT = {
     **_FOR_ALL,
     "tools": ([],),
