@@ -133,7 +133,7 @@ def _converse(talk: Any, first: Sequence[str], *, history: bool) -> None:
 
     out = talk.out
     commands = Commands(talk)
-    line = open_line(out, commands.complete, history=history)
+    line = open_line(out, commands.complete, history=history, shown=talk.speaker.begin)
     base = " (a base model: it continues a transcript)" if isinstance(talk.template, Transcript) else ""
     out.note(f"{talk.speaker.name}{base}; /help lists the commands, Ctrl-D leaves")
     if talk.conversation.turns:

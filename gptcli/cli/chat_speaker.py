@@ -42,6 +42,9 @@ class Speaker(Protocol):
     @property
     def load_seconds(self) -> float: ...
 
+    def begin(self) -> None:
+        """Somebody types: the model may be needed soon."""
+
     def wait(self) -> None:
         """Until an answer can begin, or ``hush``. Raises what keeps the model from being there."""
 
@@ -77,6 +80,9 @@ class EngineSpeaker:
         self._steps: SimpleQueue[Any] = SimpleQueue()  # its put may interrupt itself
         self._hushed = False
         self.engine = Engine(model, self._steps.put)
+
+    def begin(self) -> None:
+        pass
 
     def wait(self) -> None:
         pass
@@ -124,6 +130,9 @@ class WarmSpeaker:
         self.folder, self.known_as = found.folder, _known_as(found)
         self._hushed = False
 
+    def begin(self) -> None:
+        pass
+
     def wait(self) -> None:
         pass
 
@@ -148,14 +157,18 @@ class WarmSpeaker:
 
 
 class LoadingSpeaker:
-    """A model that loads on a thread of its own, while somebody types; what is known without it, is known at once."""
+    """A model that loads on a thread of its own, while somebody types; what is known without it, is known at once.
+
+    Importing torch keeps the interpreter to itself for moments at a time: whoever has something to show first, shows it
+    before ``begin``.
+    """
 
     def __init__(self, found: Found, out: Output, load: Callable[[Output], Speaker]) -> None:
         """``load`` makes the speaker, and says what it has to say to the output that it is given.
 
         Raises what is wrong with the model's configuration and tokenizer.
         """
-        import threading
+        from threading import Lock
 
         from gptcli.cli.opening import open_tokenizer
         from gptcli.spec.config import read_config
@@ -168,12 +181,21 @@ class LoadingSpeaker:
         self._speaker: Speaker | None = None
         self._woken: SimpleQueue[None] = SimpleQueue()  # its put may interrupt itself
         self._hushed = self._closed = False
-        self._lock = threading.Lock()  # of what close and the thread both look at
-        threading.Thread(target=self._load, args=(load,), name="load", daemon=True).start()
+        self._lock = Lock()  # of what close and the thread both look at
+        self._to_load = load
+        self._begun = False
 
-    def _load(self, load: Callable[[Output], Speaker]) -> None:
+    def begin(self) -> None:
+        """Let the model load; ``wait`` does it at the latest."""
+        from threading import Thread
+
+        if not self._begun:
+            self._begun = True
+            Thread(target=self._load, name="load", daemon=True).start()
+
+    def _load(self) -> None:
         try:
-            made = load(self._later)
+            made = self._to_load(self._later)
             with self._lock:
                 if not self._closed:
                     self._speaker = made
@@ -193,6 +215,7 @@ class LoadingSpeaker:
         return self._speaker.load_seconds if self._speaker else 0.0
 
     def wait(self) -> None:
+        self.begin()
         while not (self._speaker or self.failed or self._hushed):
             self._woken.get()
         if self.failed:

@@ -9,7 +9,7 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,16 @@ def piped(run: Run, talker: Path) -> Run:
     return lambda *args, **more: run("chat", "-m", talker, *always(talker), "-n", "4", *args, **more)
 
 
+def shows(line: Any) -> Any:
+    """What opens a line of the test's own."""
+
+    def open_line(*asked: Any, shown: Callable[[], None], **more: Any) -> Any:
+        shown()
+        return line
+
+    return open_line
+
+
 class Typed:
     """What is answered, as JSON, to lines that are typed; draws freely. ``told`` is what was said on stderr."""
 
@@ -64,7 +74,7 @@ class Typed:
                 return next(source, None)
 
         self._monkeypatch.setattr(chat_module, "_types", lambda *asked: True)
-        self._monkeypatch.setattr(chat_line, "open_line", lambda *asked, **more: Fed())
+        self._monkeypatch.setattr(chat_line, "open_line", shows(Fed()))
         fixed = ("--json", "--show-prompt", "-n", "4", "--seed", "10", "--dtype", "float32")
         done = self._run("chat", "-m", model or self._model, *fixed, *options)
         assert done.code == 0, done.err
@@ -509,7 +519,7 @@ def test_the_first_line_is_read_before_the_model_is_there(
             return line
 
     monkeypatch.setattr(chat_module, "_types", lambda *asked: True)
-    monkeypatch.setattr(chat_line, "open_line", lambda *asked, **more: Fed())
+    monkeypatch.setattr(chat_line, "open_line", shows(Fed()))
     done = run("chat", "-m", talker, *always(talker), "-n", "3", "--json", "-v")
     assert done.code == 0
     (told,) = records(done)
@@ -552,7 +562,7 @@ def test_a_model_that_does_not_load_is_told_at_the_first_message_and_ends_it(
             return next(lines)
 
     monkeypatch.setattr(chat_module, "_types", lambda *asked: True)
-    monkeypatch.setattr(chat_line, "open_line", lambda *asked, **more: Fed())
+    monkeypatch.setattr(chat_line, "open_line", shows(Fed()))
     done = run("chat", "-m", broken)
     assert (done.code, done.out) == (3, b"")
     said = done.err.decode()
