@@ -21,14 +21,15 @@ def run() -> NoReturn:
 
 
 def end(code: int) -> NoReturn:
-    """End the process; one that has loaded torch, at once.
+    """End the process; one that has loaded torch, or is about to on another thread, at once.
 
     Taking the interpreter down means taking hundreds of thousands of objects apart one by one, up to half a second for
     memory that the system takes back anyway. And of a rank of several, gloo's threads let go of a finished collective's
     tensors when they come to it, and need the interpreter for that: where they find it being taken down, the C++
     runtime aborts the whole process, after all has gone well.
     """
-    if "torch" in sys.modules:
+    threading = sys.modules.get("threading")
+    if "torch" in sys.modules or (threading and threading.active_count() > 1):
         import atexit
 
         atexit._run_exitfuncs()

@@ -85,10 +85,12 @@ def chat(
     last = _last(out) if go_on else None
     if last is not None:
         model, drawn = model if _typed(ctx, "model") else last.model or model, drawn and not last.seeded
-    from gptcli.cli.chat_speaker import open_speaker
+    from gptcli.cli.chat_speaker import begin_speaker, open_speaker
 
     asked = {"device": device, "dtype": dtype, "quantize": quantize}
-    speaker = open_speaker(model, out, warm=warm, threads=threads, **asked)
+    # Who types is not kept waiting; whoever has said all is answered as soon as can be.
+    opened = begin_speaker if typing and not any(message.strip() for message in messages) else open_speaker
+    speaker = opened(model, out, warm=warm, threads=threads, **asked)
     try:
         from gptcli.cli.chat_talk import Chat
         from gptcli.text.conversation import Conversation
@@ -131,7 +133,7 @@ def _converse(talk: Any, first: Sequence[str], *, history: bool) -> None:
 
     out = talk.out
     commands = Commands(talk)
-    line = open_line(out, commands.complete, history=history)
+    line = open_line(out, commands.complete, history=history, shown=talk.speaker.begin)
     base = " (a base model: it continues a transcript)" if isinstance(talk.template, Transcript) else ""
     out.note(f"{talk.speaker.name}{base}; /help lists the commands, Ctrl-D leaves")
     if talk.conversation.turns:
@@ -147,6 +149,8 @@ def _converse(talk: Any, first: Sequence[str], *, history: bool) -> None:
             if text.strip() and not commands.take(text):
                 return
         except GptcliError as error:
+            if error is talk.speaker.failed:
+                raise
             out.error(error)
 
 

@@ -28,39 +28,41 @@ class Line(Protocol):
         ...
 
 
-def open_line(out: Output, complete: Complete, *, history: bool) -> Line:
+def open_line(out: Output, complete: Complete, *, history: bool, shown: Callable[[], None]) -> Line:
     """The best line that this terminal has.
 
     Args:
         complete: what the last word of an unfinished line may become.
         history: keep what is typed in the state folder, and find it there.
+        shown: is called when a line is there to be typed at.
     """
     if os.environ.get("TERM", "dumb") == "dumb":
-        return PlainLine(out)
+        return PlainLine(out, shown)
     try:
         import prompt_toolkit  # noqa: F401
     except ImportError:
         out.note("pip install 'gptcli[edit]' for history, completion and messages of several lines")
-        return PlainLine(out)
+        return PlainLine(out, shown)
     file = None
     if history:
         try:
             file = private_file("chat_history")
         except OSError as error:
             out.note(f"no history: {error.filename}: {error.strerror}")
-    return ToolkitLine(out, complete, file)
+    return ToolkitLine(out, complete, file, shown)
 
 
 class PlainLine:
     """``input()``: a backslash at the end of a line goes on in the next."""
 
-    def __init__(self, out: Output) -> None:
-        self._out = out
+    def __init__(self, out: Output, shown: Callable[[], None]) -> None:
+        self._out, self._shown = out, shown
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  # the arrows work with it
 
     def read(self) -> str | None:
         lines: list[str] = []
+        self._shown()  # as good as: input() shows the mark itself
         while True:
             try:
                 lines.append(self._ask(_MORE if lines else _MARK))
@@ -100,7 +102,7 @@ class ToolkitLine:
     A paste goes in as it is. Enter sends; Alt-Enter, or a backslash before Enter, begins another line.
     """
 
-    def __init__(self, out: Output, complete: Complete, history: Path | None) -> None:
+    def __init__(self, out: Output, complete: Complete, history: Path | None, shown: Callable[[], None]) -> None:
         from prompt_toolkit import PromptSession
         from prompt_toolkit.completion import CompleteEvent, Completer, Completion
         from prompt_toolkit.document import Document
@@ -114,6 +116,7 @@ class ToolkitLine:
                 for word in complete(text) if document.is_cursor_at_the_end else ():
                     yield Completion(word, start_position=-len(last))
 
+        self._shown = shown
         # Where the answers go to a file, the line stands on stderr.
         stream = out.stdout if out.on_terminal else out.stderr
         self._session: PromptSession[str] = PromptSession(
@@ -130,9 +133,15 @@ class ToolkitLine:
 
     def read(self) -> str | None:
         try:
-            return self._session.prompt(_MARK)
+            return self._session.prompt(_MARK, pre_run=self._before)
         except (EOFError, KeyboardInterrupt):
             return None
+
+    def _before(self) -> None:
+        """Called before the line is drawn the first time; what is due soon comes behind that."""
+        import asyncio
+
+        asyncio.get_running_loop().call_soon(self._shown)
 
 
 def _keys() -> KeyBindings:

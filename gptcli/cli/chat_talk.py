@@ -175,8 +175,9 @@ class Chat:
             interrupted = True
             self.speaker.hush()
 
-        start = time.perf_counter()
         with keyboard.interrupts(stop), keyboard.silent() if self.stay else nullcontext():
+            self.speaker.wait()
+            start = time.perf_counter()
             stops = (*self._ends, *self.settings.stop)
             for step in self.speaker.answer(answer.ids, answer.seed, self.settings, stops):
                 answer.seconds = time.perf_counter() - start

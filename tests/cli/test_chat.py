@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import builtins
 import json
+import os
+import shutil
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from gptcli.cli import chat as chat_module
-from gptcli.cli import chat_line
+from gptcli.cli import chat_line, opening
 from gptcli.cli.chat_commands import Commands
-from gptcli.cli.chat_speaker import EngineSpeaker
+from gptcli.cli.chat_speaker import EngineSpeaker, LoadingSpeaker
 from gptcli.cli.state import state_folder
 from gptcli.core.requests import Step
 from gptcli.errors import UnsupportedError
@@ -24,6 +27,7 @@ from gptcli.text.tokenizer import Tokenizer
 from gptcli.text.transcript import SCENE, Transcript, Trim
 from tests.cli.chatting import always, save_talker, template_file
 from tests.cli.conftest import Done, Run
+from tests.conftest import PATIENCE
 
 EOT = "<|endoftext|>"
 JINJA = (
@@ -43,6 +47,16 @@ def piped(run: Run, talker: Path) -> Run:
     return lambda *args, **more: run("chat", "-m", talker, *always(talker), "-n", "4", *args, **more)
 
 
+def shows(line: Any) -> Any:
+    """What opens a line of the test's own."""
+
+    def open_line(*asked: Any, shown: Callable[[], None], **more: Any) -> Any:
+        shown()
+        return line
+
+    return open_line
+
+
 class Typed:
     """What is answered, as JSON, to lines that are typed; draws freely. ``told`` is what was said on stderr."""
 
@@ -60,7 +74,7 @@ class Typed:
                 return next(source, None)
 
         self._monkeypatch.setattr(chat_module, "_types", lambda *asked: True)
-        self._monkeypatch.setattr(chat_line, "open_line", lambda *asked, **more: Fed())
+        self._monkeypatch.setattr(chat_line, "open_line", shows(Fed()))
         fixed = ("--json", "--show-prompt", "-n", "4", "--seed", "10", "--dtype", "float32")
         done = self._run("chat", "-m", model or self._model, *fixed, *options)
         assert done.code == 0, done.err
@@ -461,3 +475,100 @@ def test_the_shipped_model_continues_a_transcript(run: Run) -> None:
     assert done.code == 0, done.err
     assert "\nUser:" not in done.json["text"]
     assert done.json["text"] == done.json["text"].strip()
+
+
+# --- The model loads while somebody types
+
+
+class Slow:
+    """Holds the loading of models back until ``go``."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.go, self.ended = threading.Event(), threading.Event()
+        load = opening.open_for_inference
+
+        def slowly(*args: Any, **more: Any) -> Any:
+            try:
+                assert self.go.wait(PATIENCE)
+                return load(*args, **more)
+            finally:
+                self.ended.set()
+
+        monkeypatch.setattr(opening, "open_for_inference", slowly)
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> Iterator[Slow]:
+    slow = Slow(monkeypatch)
+    yield slow
+    slow.go.set()
+    assert slow.ended.wait(PATIENCE)
+
+
+def test_the_first_line_is_read_before_the_model_is_there(
+    run: Run, talker: Path, slow: Slow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Fed:
+        lines = iter(["/set temperature 0", "hi", None])
+
+        def read(self) -> str | None:
+            line = next(self.lines)
+            if line == "hi":
+                assert not slow.ended.is_set()
+                slow.go.set()
+            return line
+
+    monkeypatch.setattr(chat_module, "_types", lambda *asked: True)
+    monkeypatch.setattr(chat_line, "open_line", shows(Fed()))
+    done = run("chat", "-m", talker, *always(talker), "-n", "3", "--json", "-v")
+    assert done.code == 0
+    (told,) = records(done)
+    assert (told["text"], told["model"]) == ("mmm", "talker")
+    assert told["device"]
+    assert told["timing"]["load_seconds"] > 0
+    said = done.err.decode()
+    assert said.index("temperature is 0") < said.index("talker from")  # nothing was said while a line was typed
+    assert said.count("talker from") == 1
+
+
+def test_who_leaves_before_the_model_is_there_does_not_wait(typed: Typed, slow: Slow) -> None:
+    assert typed() == []
+    assert not slow.ended.is_set()
+
+
+def test_ctrl_c_ends_the_wait_for_the_model(typed: Typed, slow: Slow, monkeypatch: pytest.MonkeyPatch) -> None:
+    wait = LoadingSpeaker.wait
+
+    def waiting(self: LoadingSpeaker) -> None:
+        if not slow.go.is_set():
+            threading.Timer(0.05, os.kill, [os.getpid(), signal.SIGINT]).start()  # as a terminal does
+        wait(self)
+
+    monkeypatch.setattr(LoadingSpeaker, "wait", waiting)
+    (told,) = typed("hi")
+    assert (told["text"], told["finish_reason"]) == ("", None)
+    assert "nothing was answered" in typed.told
+
+
+def test_a_model_that_does_not_load_is_told_at_the_first_message_and_ends_it(
+    run: Run, talker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = Path(shutil.copytree(talker, tmp_path / "broken"))
+    (broken / "model.safetensors").write_bytes(b"no tensors")
+    lines = iter(["/help", "hi", "not read any more"])
+
+    class Fed:
+        def read(self) -> str | None:
+            return next(lines)
+
+    monkeypatch.setattr(chat_module, "_types", lambda *asked: True)
+    monkeypatch.setattr(chat_line, "open_line", shows(Fed()))
+    done = run("chat", "-m", broken)
+    assert (done.code, done.out) == (3, b"")
+    said = done.err.decode()
+    assert said.index("/help") < said.index("error: ")
+    assert said.count("error: ") == 1
+    assert next(lines) == "not read any more"
+    (broken / "config.json").write_text("{}")
+    assert run("chat", "-m", broken).code in (3, 6)  # what is known at once is told at once
+    assert next(lines, None) is None
