@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from gptcli.cli.out import Output, harmless
-from gptcli.cli.table import Column, Table, as_text
-from gptcli.cli.units import byte_text
 from gptcli.errors import ResourceError, UsageError
-from gptcli.spec.placing import Placing, plan_placing, storage_of
+
+if TYPE_CHECKING:
+    from gptcli.cli.table import Table
+    from gptcli.spec.placing import Placing
 
 Plan = Annotated[bool, typer.Option("--plan", help="Only say what each card would hold, and whether it fits.")]
 Gpus = Annotated[
@@ -40,7 +41,9 @@ def show_placing(
 ) -> None:
     """Show where a model's tensors would be. Raises ResourceError (5) when it is shown and does not fit."""
     from gptcli.cli.count_open import only_config
+    from gptcli.cli.units import byte_text
     from gptcli.spec.memory import check_use
+    from gptcli.spec.placing import plan_placing, storage_of
     from gptcli.spec.plan import parse_cards
 
     if offload and quantize != "none":
@@ -76,6 +79,9 @@ def _own_cards() -> tuple[int, int | None]:
 
 
 def _lines(out: Output, title: str, plan: Placing) -> list[str]:
+    from gptcli.cli.table import as_text
+    from gptcli.cli.units import byte_text
+
     cards = f"{plan.cards:,} card{'' if plan.cards == 1 else 's'}"
     if plan.card_bytes is not None:
         cards += f" of {plan.card_bytes / 1e9:,.6g} GB"
@@ -92,6 +98,9 @@ def _lines(out: Output, title: str, plan: Placing) -> list[str]:
 
 def _ranks_table(plan: Placing) -> Table:
     """Ranks that hold the same stand in one row."""
+    from gptcli.cli.table import Column, Table
+    from gptcli.cli.units import byte_text
+
     groups: list[list[int]] = []
     for rank, held in enumerate(plan.ranks):
         if groups and plan.ranks[groups[-1][0]] == held:
@@ -114,6 +123,9 @@ def _ranks_table(plan: Placing) -> Table:
 
 
 def _tensors_table(plan: Placing) -> Table:
+    from gptcli.cli.table import Column, Table
+    from gptcli.cli.units import byte_text
+
     rows = tuple(
         (each.name, f"{each.count:,}", _shape(each.whole), _shape(each.part), each.how, byte_text(each.bytes, 2))
         for each in plan.tensors

@@ -235,5 +235,5 @@ class Stepping:
 
     @property
     def library(self) -> native_build.Library | None:
-        """The native library, where a native step was packed."""
-        return self._native.library if self._native else None
+        """The native library, where a native step was, or is to be, packed."""
+        return self._library

@@ -232,7 +232,7 @@ def test_only_the_named_command_is_loaded(tmp_path: Path) -> None:
         "import sys\nfrom gptcli.cli import main\nmain(sys.argv[1:])\n"
         "print(sorted(name for name in sys.modules if name.startswith('gptcli.cli.')), file=sys.stderr)"
     )
-    for args, extra in (([], set()), (["generate"], {"generate", "input", "warm"})):
+    for args, extra in (([], set()), (["generate"], {"generate", "input", "placing", "ranks", "warm"})):
         done = subprocess.run(
             [sys.executable, "-c", code, *args, "--help"],
             capture_output=True,

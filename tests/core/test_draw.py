@@ -22,6 +22,7 @@ from gptcli.core.native_build import Library, load
 from gptcli.core.requests import Request
 from gptcli.core.sampling import History, gumbel_noise, sample
 from gptcli.core.settings import Sampling
+from gptcli.core.stepping import Stepping
 from gptcli.text.tokenizer import Tokenizer
 
 INF, NAN = math.inf, math.nan
@@ -225,9 +226,7 @@ def test_a_text_is_drawn_natively(tiny_folder: Path, built: Path, monkeypatch: p
     monkeypatch.setattr(Draw, "_in_torch", lambda *_: pytest.fail("it was drawn by PyTorch"))
     natively = tokens()
     monkeypatch.undo()
-    model.stepping._native = None
-    model.stepping.folder = None
-    model.stepping._no_native = "there is none"
+    model.stepping = Stepping(model.transformer)
     assert natively == tokens()
 
 
