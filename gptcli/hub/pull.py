@@ -141,9 +141,9 @@ def _run_at_once(items: Sequence[Wanted], work: Callable[[Wanted], None], stop: 
             ended.put(error)
 
     threads = [threading.Thread(target=serve, daemon=True) for _ in range(workers)]
-    for thread in threads:
-        thread.start()
     try:
+        for thread in threads:
+            thread.start()
         failures = [failure for _ in threads if (failure := ended.get()) is not None]
     except BaseException:
         stop.set()
