@@ -88,6 +88,13 @@ class ModelConfig:
         if self.heads % self.kv_heads:
             message = f"{self.heads} heads can't share {self.kv_heads} key-value heads evenly"
             raise CorruptError(message, "check config.json")
+        turned = self.head_dim if self.rope_dim is None else self.rope_dim
+        if self.position == "rope" and (turned % 2 or not 2 <= turned <= self.head_dim):
+            message = f"{turned} of the {self.head_dim} numbers of each head can't turn in pairs"
+            raise CorruptError(message, "check config.json")
+        if self.windows and (len(self.windows) < self.layers or any(w is not None and w < 1 for w in self.windows)):
+            message = f"the windows {self.windows} are not tokens, or None, for each of {self.layers} layers"
+            raise CorruptError(message, "check config.json")
 
     def to_dict(self) -> dict[str, Any]:
         """The axes by our names, for JSON output."""

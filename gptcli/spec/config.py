@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from gptcli.errors import CorruptError, NotFoundError, UnsupportedError
+from gptcli.errors import CorruptError, GptcliError, NotFoundError, UnsupportedError
 from gptcli.spec.axes import DTYPES as DTYPES
 from gptcli.spec.axes import Activation as Activation
 from gptcli.spec.axes import ModelConfig as ModelConfig
@@ -76,8 +76,41 @@ def from_hf(raw: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
-    """The keys of a ``config.json`` that ``transformers`` reads back as the same model."""
-    return _FAMILIES[config.family][1](config)
+    """The keys of a ``config.json`` that ``transformers`` reads back as the same model.
+
+    Raises UnsupportedError that names the axes which the family's keys can't say: written without them, it would be
+    another model.
+    """
+    written = _FAMILIES[config.family][1](config)
+    try:
+        read = from_hf(written, "it")
+    except GptcliError as error:
+        raise UnsupportedError(f"a {config.family} can't be written so: {error}", _OTHER_FAMILY) from None
+    said, meant = asdict(_in_one_way(read)), asdict(_in_one_way(config))
+    if lost := [f"{name} = {meant[name]!r}" for name in meant if meant[name] != said[name]]:
+        message = f"the config.json of a {config.family} has no words for {', '.join(lost)}"
+        raise UnsupportedError(message, _OTHER_FAMILY)
+    return written
+
+
+_OTHER_FAMILY = "write it as a family that has them, or change the model"
+
+
+def _in_one_way(config: ModelConfig) -> ModelConfig:
+    """The same model with each axis in the one way in which files are read, and without what no forward pass asks."""
+    rope = config.position == "rope"
+    windows = config.windows[: config.layers]
+    return replace(
+        config,
+        rope_theta=config.rope_theta if rope else 0.0,
+        rope_dim=(config.rope_dim or config.head_dim) if rope else None,
+        rope_scaling=config.rope_scaling if rope else None,
+        unrotated=tuple(sorted(set(config.unrotated))) if rope else (),
+        windows=windows if any(windows) else (),
+        dtype=None,
+        bos_id=None,
+        eos_ids=(),
+    )
 
 
 # Keys of other families, seen in files that borrow a model_type from these: the values that change nothing.

@@ -8,6 +8,7 @@ in any but a toy.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gptcli.spec.config import ModelConfig
@@ -52,9 +53,9 @@ class Flops:
     @property
     def attention_causal(self) -> float:
         """Forward, one token on average, where the t-th of a context has t tokens to look at."""
-        return self._attention([_mean(self.context, window) for window in self.windows], (self.context + 1) / 2)
+        return self.prefill_attention / self.context
 
-    def _attention(self, within: list[float], without: float) -> float:
+    def _attention(self, within: Sequence[float], without: float) -> float:
         """Of what a token looks at in each layer with a window, and in every one without."""
         pairs = (self.layers - len(within)) * without + sum(within)
         return self.attention_per_pair // self.layers * pairs
@@ -76,14 +77,15 @@ class Flops:
 
     @property
     def prefill_attention(self) -> float:
-        """Attention's part in ``prefill``."""
-        return self.context * self.attention_causal
+        """Attention's part in ``prefill``: a whole number, and exactly that."""
+        without = _looks(self.context, self.context)
+        return self._attention([_looks(self.context, window) for window in self.windows], without)
 
 
-def _mean(context: int, window: int) -> float:
-    """Of min(t, window) over the tokens t = 1 ... context."""
+def _looks(context: int, window: int) -> int:
+    """The sum of min(t, window) over the tokens t = 1 ... context."""
     near = min(context, window)
-    return (near * (near + 1) / 2 + (context - near) * near) / context
+    return near * (near + 1) // 2 + (context - near) * near
 
 
 def count_flops(config: ModelConfig, context: int | None = None) -> Flops:

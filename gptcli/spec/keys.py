@@ -99,14 +99,15 @@ ACTIVATION_NAMES = {"gelu_tanh": "gelu_new", "gelu": "gelu", "relu": "relu", "si
 def read_common(keys: Keys, *, tied: bool, bos: int | None = None, eos: int | None = None) -> dict[str, Any]:
     """The axes that every family spells alike: the vocabulary, tied or not, the type, the start and end of a text.
 
-    The arguments are what the family takes where a key is missing; an id of theirs beyond the vocabulary is none.
+    The arguments are what the family takes where a key is missing. An id beyond the vocabulary starts no text, and ends
+    none.
     """
     vocabulary = keys.integer("vocab_size")
     start = keys.integer("bos_token_id", None) if "bos_token_id" in keys.raw else bos
     ends = keys.ids("eos_token_id")
     if "eos_token_id" not in keys.raw and eos is not None and eos < vocabulary:
         ends = (eos,)
-    if "bos_token_id" not in keys.raw and start is not None and start >= vocabulary:
+    if start is not None and not 0 <= start < vocabulary:
         start = None
     return {
         "vocab_size": vocabulary,

@@ -69,6 +69,9 @@ def rope_axes(
     if base <= 0:
         raise CorruptError(f"{keys.where}: rope_theta is out of range", "check the file")
     scaling = read_scaling(table, keys, context, scalings) if table else None
+    if scaling and ((scaling.kind == "dynamic" and rotated == 2) or (scaling.kind == "yarn" and base <= 1)):
+        what = "a rope_theta above 1" if scaling.kind == "yarn" else "more than two numbers of each head to rotate"
+        raise CorruptError(f"{keys.where}: a {scaling.kind} scaling of rotary positions takes {what}", "check the file")
     # Only beyond the first context does "dynamic" do anything; files give the first as their context.
     if scaling and scaling.kind == "dynamic":
         context = math.floor(context * scaling.factor)

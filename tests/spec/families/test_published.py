@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -44,6 +45,60 @@ def test_written_and_read_again_is_the_same(raw: dict[str, Any]) -> None:
     }:
         if not key.endswith("pdrop"):
             assert written[key] == raw[key] or (key == "hidden_act" and config.activation == "gelu_tanh"), key
+
+
+@pytest.mark.parametrize(
+    ("raw", "axes"),
+    [
+        (LLAMA3, {"qk_norm": "head"}),
+        (LLAMA3, {"windows": (64,) * 16}),
+        (LLAMA3, {"output_bias": True}),
+        (MISTRAL, {"windows": (4096, None) * 16}),
+        (QWEN2, {"qkv_bias": False}),
+        (QWEN3, {"unrotated": (3,)}),
+        (NEOX, {"mlp_bias": False}),
+        (OPT, {"mlp_width": 24, "position_offset": 0}),
+        (published.DISTILGPT2, {"kv_heads": 1, "head_dim": 8}),
+    ],
+)
+def test_axes_that_a_family_has_no_keys_for_are_not_left_out(raw: dict[str, Any], axes: dict[str, Any]) -> None:
+    """Written without them it would open as another model, with no word of it."""
+    config = replace(from_hf(raw), **axes)
+    with pytest.raises(UnsupportedError, match=f"a {config.family} has no words for") as raised:
+        to_hf(config)
+    own = {name for name in axes if name != "mlp_width"}
+    assert {word.strip() for word in re.findall(r"(\w+) = ", str(raised.value))} == own
+
+
+@pytest.mark.parametrize(
+    ("raw", "axes", "what"),
+    [
+        (PHI3, {"rope_scaling": RopeScaling("linear", 2.0, 4096)}, "'linear'"),
+        (LLAMA3, {"rope_dim": 32}, "partial_rotary_factor = 0.5"),
+    ],
+)
+def test_what_a_family_refuses_to_read_is_not_written(raw: dict[str, Any], axes: dict[str, Any], what: str) -> None:
+    with pytest.raises(UnsupportedError, match=f"a {raw['model_type']} can't be written so: .*{what}"):
+        to_hf(replace(from_hf(raw), **axes))
+
+
+def test_axes_that_say_the_same_are_written() -> None:
+    """All of a head is what None says, windows beyond the layers no layer has, no rotation needs no base."""
+    assert back(replace(from_hf(LLAMA3), rope_dim=64)) == from_hf(LLAMA3)
+    assert back(replace(from_hf(MISTRAL), windows=(4096,) * 40)) == from_hf(MISTRAL)
+    assert back(replace(from_hf(QWEN2), windows=(None,) * 24)) == from_hf(QWEN2)
+    assert back(replace(from_hf(OPT), rope_theta=5.0)) == from_hf(OPT)
+
+
+@pytest.mark.parametrize("axes", [{"windows": (8,)}, {"windows": (0,) * 16}, {"rope_dim": 5}, {"rope_dim": 66}])
+def test_axes_that_can_not_be_are_refused(axes: dict[str, Any]) -> None:
+    with pytest.raises(CorruptError, match=r"windows|in pairs"):
+        replace(from_hf(LLAMA3), **axes)
+
+
+@pytest.mark.parametrize("id_", [-1, 128_256, 999_999])
+def test_a_start_token_beyond_the_vocabulary_is_none(id_: int) -> None:
+    assert from_hf({**LLAMA3, "bos_token_id": id_}).bos_id is None
 
 
 def test_axes_of_pythia() -> None:
@@ -249,6 +304,8 @@ def test_what_is_not_here_is_refused_by_name(raw: dict[str, Any], keys: dict[str
 
 
 BROKEN: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    (LLAMA1, {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "head_dim": 2}, "dynamic scaling .* more than two"),
+    (LLAMA1, {"rope_scaling": {"type": "yarn", "factor": 2.0}, "rope_theta": 1.0}, "yarn scaling .* above 1"),
     (NEOX, {"rotary_pct": 0.3}, "19 of the 64 numbers"),
     (NEOX, {"rotary_pct": 0.0}, "0 of the 64"),
     (NEOX, {"rotary_pct": 2.0}, "128 of the 64"),
