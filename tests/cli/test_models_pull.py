@@ -565,6 +565,18 @@ def test_rm_of_one_revision_leaves_what_another_shares(
     refused(run("models", "rm", f"{NAME}@v1", "--yes"), 3)
 
 
+def test_rm_leaves_the_same_commit_under_another_name(
+    run: Run, hub: StandIn, tiny: str, files: dict[str, bytes]
+) -> None:
+    names = [f"owner/name-{number}" for number in range(4)]  # as of a model that was renamed, or duplicated
+    for name in names:
+        assert hub.add(name, files) == tiny
+        assert run("models", "pull", name).code == 0
+    while names:
+        assert run("models", "rm", names.pop(), "--yes").code == 0
+        assert [resolve(name).name for name in names] == names
+
+
 def test_rm_refuses_what_is_not_the_caches(run: Run, tiny_folder: Path, hub: StandIn) -> None:
     refused(run("models", "rm", "fable", "--yes"), 2, "came with gptcli")
     refused(run("models", "rm", str(tiny_folder), "--yes"), 2, "a folder of your own")
