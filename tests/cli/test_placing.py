@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from gptcli.cli import ranks
 from tests.cli.conftest import Run
 
 PLAN = ("--plan", "--gpus")
