@@ -298,6 +298,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             import traceback
 
             traceback.print_exc()
+        if isinstance(error, typer.TyperException) and "RANK" in os.environ:
+            from gptcli.cli import ranks
+
+            if ranks.follows(args):
+                ranks.let_the_first_speak()
+                return ExitCode.USAGE
         return _report(error, out)
 
 

@@ -7,6 +7,10 @@ from __future__ import annotations
 
 import atexit
 import os
+import signal
+import threading
+import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -16,6 +20,8 @@ from gptcli.errors import UsageError
 
 if TYPE_CHECKING:
     from gptcli.core.group import Line
+
+_TIME_TO_TELL = 5.0  # seconds
 
 Tp = Annotated[
     int | None,
@@ -54,21 +60,42 @@ def join(out: Output, tp: int | None, command: str, *, device: str, threads: int
     line = Line.start(place, device)
     if place.rank == 0:
         atexit.register(line.close)
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
         return line
     _follow(out, line)
     raise SystemExit(0)
 
 
+def follows(args: Sequence[str]) -> bool:
+    """Whether a command line, before it is read, is that of a rank for which rank 0 speaks."""
+    shared = args[:1] == ["train"] or any(arg.partition("=")[0] == "--tp" for arg in args)
+    return shared and os.environ.get("RANK", "0") != "0" and os.environ.get("WORLD_SIZE", "1") != "1"
+
+
+def let_the_first_speak() -> None:
+    """To be called before any other rank ends for what rank 0 finds wrong, too, and alone tells.
+
+    The first process that fails has torchrun end all others, so rank 0 is given the time to.
+    """
+    time.sleep(_TIME_TO_TELL)
+
+
 def _first_alone() -> None:
-    """What every rank finds wrong alike, rank 0 alone tells."""
     if os.environ.get("RANK") != "0":
+        let_the_first_speak()
         raise SystemExit(2)
+
+
+def _end_with(parent: int) -> None:
+    """On rank 0: end when torchrun was killed, which could not end its processes. The others end with this one."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _follow_quietly(out: Output) -> None:
     """Ctrl-C is for rank 0, which tells the others when it is done."""
-    import signal
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     out.silence()
 

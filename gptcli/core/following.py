@@ -24,7 +24,7 @@ from gptcli.core import runtime
 from gptcli.core.cache import KVCache
 from gptcli.core.group import Line
 from gptcli.core.model import Tap, Transformer
-from gptcli.errors import GptcliError, LimitError, ResourceError
+from gptcli.errors import LimitError
 from gptcli.spec.config import ModelConfig
 
 # A terminal's Ctrl-C comes to every process, and from torchrun once more: so long it is still the same one.
@@ -86,7 +86,8 @@ class Leading(Transformer):
             dtype = runtime.DTYPE_NAMES[vectors.dtype]
             self._line.tell({"do": "unembedding", "shape": list(vectors.shape), "dtype": dtype})
             self._line.broken = True  # until it is done
-            torch.distributed.broadcast(vectors.contiguous(), 0)
+            with self._line.losing():
+                torch.distributed.broadcast(vectors.contiguous(), 0)
 
     def _end_unembedding(self, module: Any, given: tuple[Tensor], made: Tensor) -> None:
         if not self._within:
@@ -117,13 +118,9 @@ class Leading(Transformer):
             self._line.tell(told)
             self._line.broken = self._within = True  # until it is done
             try:
-                yield
+                with self._line.losing():
+                    yield
                 self._line.broken = False
-            except BaseException as error:
-                self._line.lose()
-                if isinstance(error, RuntimeError):
-                    raise _explained(error) from error
-                raise
             finally:
                 self._within = False
 
@@ -274,15 +271,6 @@ class _Follower:
 
 
 _ACTIONS = {name: name for name in ("set_lengths", "grow", "select", "leave", "fork")}
-
-
-def _explained(error: RuntimeError) -> Exception:
-    """A connection that another rank has closed, or memory that ran out, in our words."""
-    if runtime.is_out_of_memory(error):
-        return ResourceError("there is not enough memory on rank 0", "use a smaller batch, or more ranks")
-    if runtime.is_connection_lost(error):
-        return GptcliError("another rank has ended", "what it said stands above; start all of them again")
-    return error
 
 
 @contextlib.contextmanager

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch.distributed as dist
 
 from gptcli import errors
 from gptcli.core import runtime
-from gptcli.errors import GptcliError, UsageError
+from gptcli.errors import GptcliError, ResourceError, UsageError
 
 # How long a rank waits for another: as long as it takes rank 0 to prepare data, to save a large model, or to be asked
 # for something. A rank that died is found by who started it, and by its connections, and needs no time limit.
@@ -74,6 +75,15 @@ def _named(error: GptcliError) -> list[str]:
     return [type(error).__name__, error.message[:400], error.hint[:200]]
 
 
+def _explained(error: RuntimeError) -> Exception:
+    """A connection that another rank has closed, or memory that ran out, in our words."""
+    if runtime.is_out_of_memory(error):
+        return ResourceError("there is not enough memory on rank 0", "use a smaller batch, or more ranks")
+    if runtime.is_connection_lost(error):
+        return GptcliError("another rank has ended", "what it said stands above; start all of them again")
+    return error
+
+
 class Line:
     """From rank 0 to the others: what they are to do next, as JSON.
 
@@ -104,7 +114,8 @@ class Line:
         """Rank 0: tell the others. Raises GptcliError where they no longer listen."""
         self.check()
         told, self._waiting = [*self._waiting, what], []
-        broadcast(json.dumps(told).encode())
+        with self.losing():
+            broadcast(json.dumps(told).encode())
 
     def check(self) -> None:
         """Raise GptcliError where the others no longer follow."""
@@ -115,6 +126,18 @@ class Line:
         """The others can't be reached any more."""
         self.broken = True
         self.when_lost()
+
+    @contextlib.contextmanager
+    def losing(self) -> Iterator[None]:
+        """Within, whatever goes wrong loses the others; a connection or memory that failed is told in our words."""
+        try:
+            yield
+        except RuntimeError as error:
+            self.lose()
+            raise _explained(error) from error
+        except BaseException:
+            self.lose()
+            raise
 
     def hear(self) -> list[Any]:
         """The others: what rank 0 tells, in its order."""
@@ -139,6 +162,7 @@ class Line:
 
     def close(self) -> None:
         """Rank 0, at its end: let the others go."""
+        self.when_lost = lambda: None
         if not self.broken and not self._closed:
             try:
                 self.tell({"do": "end"})

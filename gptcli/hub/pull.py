@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import threading
@@ -19,6 +20,7 @@ from gptcli.hub.reach import Hub, Listing, RemoteFile
 from gptcli.spec.library import repo_folder
 
 _AT_ONCE = 4
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _MARGIN = 50_000_000  # bytes that stay free on the disk
 _LAST = "config.json"  # with it the folder becomes a model; without, whoever looks for one is told to pull
 
@@ -103,14 +105,20 @@ def plan_pull(
 def run_plan(hub: Hub, plan: Plan, progress: Progress) -> Path:
     """Fetch what is missing, several files at once; returns the folder.
 
-    What has come stays, whatever happens: KeyboardInterrupt goes through. Raises NetworkError, CorruptError and what
-    Hub.failures knows.
+    What has come stays, whatever happens: KeyboardInterrupt goes through. Raises NetworkError, CorruptError,
+    OutputError when the disk is full, and what Hub.failures knows.
     """
     stop = threading.Event()
     first = [wanted for wanted in plan.files if wanted.file.name != _LAST]
     last = [wanted for wanted in plan.files if wanted.file.name == _LAST]
     for part in (first, last):
-        _run_at_once(part, lambda wanted: _bring(hub, plan, wanted, stop, progress), stop)
+        try:
+            _run_at_once(part, lambda wanted: _bring(hub, plan, wanted, stop, progress), stop)
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            message = f"there is no more room in {plan.repo}: {error.strerror}"
+            raise OutputError(message, "make room: what is there stays, and the same command goes on from it") from None
     ref = plan.repo / "refs" / plan.listing.revision
     if plan.listing.revision != plan.listing.commit:
         ref.parent.mkdir(parents=True, exist_ok=True)
@@ -223,6 +231,7 @@ def _check_room(plan: Plan) -> None:
     free = shutil.disk_usage(place).free
     if (need := plan.bytes_to_fetch) and need + _MARGIN > free:
         raise OutputError(
-            f"{plan.listing.name} needs {need / 1e9:,.1f} GB more, and {place} has room for {free / 1e9:,.1f} GB",
+            f"{plan.listing.name} needs {need / 1e6:,.1f} MB more and {_MARGIN / 1e6:.0f} MB to spare, and {place} "
+            f"has room for {free / 1e6:,.1f} MB",
             "make room (`gptcli models rm`), or set HF_HUB_CACHE to a folder on a larger disk",
         )

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from gptcli.errors import AccessError, CorruptError, GptcliError, NetworkError, NotFoundError, UsageError
 from gptcli.spec.library import hub_is_offline, is_hub_id
@@ -52,12 +53,16 @@ class Hub:
         if offline or hub_is_offline():
             why = "--offline was given" if offline else "HF_HUB_OFFLINE is set"
             raise NotFoundError(f"this needs the Hub, and {why}", "allow the network, or name a model that is here")
+        if address := os.environ.get("HF_ENDPOINT"):  # the library's own files fall over some while they are imported
+            _check_address(address)
         try:
-            from huggingface_hub import HfApi, constants
+            from huggingface_hub import HfApi, constants, get_token
             from huggingface_hub.utils import disable_progress_bars, get_session, logging
         except ImportError:
             message = "the Hub is reached through huggingface_hub, which is not installed"
             raise NotFoundError(message, "pip install 'gptcli[hub]'") from None
+        if not (get_token() or "").isascii():
+            raise AccessError("the token holds characters that no token has", f"copy it again, then {_HOW_TO_TELL}")
         logging.set_verbosity_error()  # gptcli says itself what is wrong, and shows its own bar
         disable_progress_bars()
         self.endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT or _HUB).rstrip("/")
@@ -196,6 +201,17 @@ class Hub:
 
 _HOW_TO_TELL = "set HF_TOKEN, or run `hf auth login`"
 _ROADS = "check the connection, HF_ENDPOINT, and HTTPS_PROXY if there is a proxy"
+
+
+def _check_address(address: str) -> None:
+    """Raise UsageError for an HF_ENDPOINT that is no address."""
+    try:
+        parts = urlsplit(address)
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0  # a bad port raises
+    except ValueError:
+        good = False
+    if not good:
+        raise UsageError(f"HF_ENDPOINT is no address: {address}", "it should be like https://huggingface.co")
 
 
 def is_of_transport(error: BaseException) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gptcli.errors import NotFoundError
@@ -37,6 +37,8 @@ def plan_removal(hub_id: str, commit: str | None) -> Removal:
     found = scan_cache_dir(hub_cache())
     known = {repo.repo_path: repo for repo in found.repos}.get(folder)
     here = sorted(revision.commit_hash for revision in known.revisions) if known else []
+    # A commit can be here under several names, as gpt2 and openai-community/gpt2: whatever has another name stays.
+    found = replace(found, repos=frozenset([known] if known else []))
     if commit is None or here == [commit]:
         strategy = found.delete_revisions(*here)
         freed = max(strategy.expected_freed_size, _size(folder))

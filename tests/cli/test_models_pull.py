@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 import signal
 import subprocess
@@ -333,6 +334,23 @@ def test_too_little_room_is_1(
     assert not repo(tmp_path).exists()
 
 
+def test_a_disk_that_fills_up_on_the_way_is_1_and_what_is_there_stays(
+    run: Run, hub: StandIn, tiny: str, files: dict[str, bytes], tmp_path: Path
+) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    room = len(files[WEIGHTS]) - 1000
+    assert room > len(files["tokenizer.json"])
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))  # a file of more is refused as by a full disk
+    try:
+        done = run("models", "pull", NAME, "--json")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert refused(done, 1, str(repo(tmp_path)), "no more room", "goes on")["type"] == "output"
+    assert (repo(tmp_path) / "blobs" / f"{sha256(files[WEIGHTS])}.incomplete").stat().st_size == room
+    assert run("models", "pull", NAME, "--json").json["fetched_bytes"] == 1000 + len(files["config.json"])
+    assert run("models", "verify", NAME).code == 0
+
+
 # --- who may not, and what is not there
 
 
@@ -359,6 +377,16 @@ def test_the_token_goes_to_the_hub_alone_and_is_never_shown(
     assert not any(TOKEN.encode() in done.out + done.err for done in shown)
     assert {request.token for request in hub.requests if request.host == "hub"} == {TOKEN}
     assert {request.token for request in hub.requests if request.host == "cdn"} == {None}
+
+
+def test_settings_that_can_not_be_meant(run: Run, hub: StandIn, tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_sésame")
+    assert refused(run("models", "pull", NAME, "--json"), 3, "the token", "HF_TOKEN")["type"] == "access"
+    monkeypatch.delenv("HF_TOKEN")
+    for address in ("huggingface.co", "ftp://huggingface.co", "http://", "http://127.0.0.1:99999"):
+        monkeypatch.setenv("HF_ENDPOINT", address)
+        refused(run("models", "pull", NAME, "--json"), 2, address, "https://huggingface.co")
+    assert not hub.requests
 
 
 def test_missing(run: Run, hub: StandIn, tiny: str, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -563,6 +591,18 @@ def test_rm_of_one_revision_leaves_what_another_shares(
     assert (value["commits"], value["freed_bytes"]) == ([other], len(b"other"))
     assert run("models", "verify", NAME).code == 0
     refused(run("models", "rm", f"{NAME}@v1", "--yes"), 3)
+
+
+def test_rm_leaves_the_same_commit_under_another_name(
+    run: Run, hub: StandIn, tiny: str, files: dict[str, bytes]
+) -> None:
+    names = [f"owner/name-{number}" for number in range(4)]  # as of a model that was renamed, or duplicated
+    for name in names:
+        assert hub.add(name, files) == tiny
+        assert run("models", "pull", name).code == 0
+    while names:
+        assert run("models", "rm", names.pop(), "--yes").code == 0
+        assert [resolve(name).name for name in names] == names
 
 
 def test_rm_refuses_what_is_not_the_caches(run: Run, tiny_folder: Path, hub: StandIn) -> None:

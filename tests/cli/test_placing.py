@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from gptcli.cli import ranks
 from tests.cli.conftest import Run
 
 PLAN = ("--plan", "--gpus")
@@ -98,6 +99,7 @@ def test_without_torchrun_tp_says_how_to_start_it(
 
 
 def test_as_many_processes_as_ranks(run: Run, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "_TIME_TO_TELL", 0.0)
     place = {"WORLD_SIZE": "4", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     for name, value in place.items():
         monkeypatch.setenv(name, value)
@@ -106,6 +108,10 @@ def test_as_many_processes_as_ranks(run: Run, tiny_folder: Path, monkeypatch: py
         done = run("generate", "x", "-m", tiny_folder, "--tp", "2")
         assert done.code == 2
         assert (said in done.err) if said else (done.err == b"")
+        done = run("generate", "x", "--tp", "4", "--nonsense")
+        assert done.code == 2
+        assert (b"no such option" in done.err) if said else (done.err == b"")
+    assert b"no such option" in run("count-params", "--nonsense").err  # which is not shared
 
 
 def test_offload_on_a_cpu_moves_nothing_and_says_so(run: Run, tiny_folder: Path) -> None:

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -193,7 +194,9 @@ def test_no_rank_waits_for_one_that_was_killed(folder: Path) -> None:
     assert ends == ["another rank has ended, True", "lost, False", "lost, False"]
 
 
-def test_a_server_answers_several_at_once_with_all_ranks(folder: Path) -> None:
+@pytest.fixture
+def server(folder: Path) -> Iterator[tuple[list[subprocess.Popen[bytes]], str]]:
+    """Two ranks that serve, and where they complete text."""
     port = free_port()
     command = ["gptcli", "serve", "--tp", "2", "--http", "0", "-m", str(folder / "tiny")]
     ranks = [start(rank, 2, port, command) for rank in range(2)]
@@ -203,20 +206,40 @@ def test_a_server_answers_several_at_once_with_all_ranks(folder: Path) -> None:
         while b"/v1" not in said:
             said = ranks[0].stderr.readline()
             assert said, ended(ranks[0])
-        url = said.decode().split()[-1] + "/completions"
-        asked = [{"model": "tiny", "prompt": text, "max_tokens": 6, "temperature": 0} for text in ("Once", "upon a time")]
-        with ThreadPoolExecutor() as pool:
-            together = list(pool.map(partial(posted, url), [*asked, *asked]))
-        assert together == [posted(url, one) for one in asked] * 2
-        model = open_model(folder / "tiny", Tokenizer.from_folder(folder / "tiny"), device="cpu")
-        for one, text in zip(asked, together, strict=False):
-            request = Request(prompt_ids(model, str(one["prompt"])), 0, 6)
-            assert text == "".join(step.text for step in generate(model, [request], Sampling(temperature=0)))
-        ranks[0].send_signal(signal.SIGTERM)
-        assert [ended(process)[:2] for process in ranks] == [(0, b""), (0, b"")]
+        yield ranks, said.decode().split()[-1] + "/completions"
     finally:
         for process in ranks:
             process.kill()
+
+
+def test_a_server_answers_several_at_once_with_all_ranks(
+    folder: Path, server: tuple[list[subprocess.Popen[bytes]], str]
+) -> None:
+    ranks, url = server
+    asked = [{"model": "tiny", "prompt": text, "max_tokens": 6, "temperature": 0} for text in ("Once", "upon a time")]
+    with ThreadPoolExecutor() as pool:
+        together = list(pool.map(partial(posted, url), [*asked, *asked]))
+    assert together == [posted(url, one) for one in asked] * 2
+    model = open_model(folder / "tiny", Tokenizer.from_folder(folder / "tiny"), device="cpu")
+    for one, text in zip(asked, together, strict=False):
+        request = Request(prompt_ids(model, str(one["prompt"])), 0, 6)
+        assert text == "".join(step.text for step in generate(model, [request], Sampling(temperature=0)))
+    ranks[0].send_signal(signal.SIGTERM)
+    assert [ended(process)[:2] for process in ranks] == [(0, b""), (0, b"")]
+
+
+def test_a_server_ends_when_one_of_its_ranks_was_killed(server: tuple[list[subprocess.Popen[bytes]], str]) -> None:
+    ranks, url = server
+    ranks[1].kill()
+    ranks[1].wait(600)
+    with pytest.raises(urllib.error.HTTPError) as failed:  # nobody was asked anything meanwhile
+        posted(url, {"model": "tiny", "prompt": "Once", "max_tokens": 6})
+    assert failed.value.code == 500
+    assert "another rank has ended" in json.load(failed.value)["error"]["message"]
+    code, out, err = ended(ranks[0])
+    assert (code, out) == (1, b"")
+    assert b"Traceback" not in err
+    assert err.splitlines()[-2:] == [b"error: the ranks no longer work together", b"hint: start all of them again"]
 
 
 def posted(url: str, body: dict[str, Any]) -> str:
