@@ -154,7 +154,7 @@ def _describe(found: Found) -> dict[str, Any]:
         config = read_config(found.folder)
         dtype = stored_dtype(match_folder(found.folder, config))
     except UnsupportedError as error:
-        return entry | {"problem": error.message.partition(": ")[2] or error.message}
+        return entry | {"problem": error.message.removeprefix(str(found.folder / "config.json")).lstrip(": ")}
     except GptcliError as error:
         return entry | {"problem": error.message}
     parameters = count_params(config).total_stored

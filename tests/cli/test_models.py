@@ -88,7 +88,9 @@ def test_list_names_what_can_not_be_run_and_why(run: Run, cache: Path) -> None:
     (snapshot / "model.safetensors").write_bytes(b"")
     entries = [json.loads(line) for line in run("models", "list", "--json").out.splitlines()]
     (entry,) = [entry for entry in entries if entry["name"] == "other/family"]
+    assert "mamba" in entry["problem"]
     assert "state-space" in entry["problem"]
+    assert str(cache) not in entry["problem"]
     assert b"mamba" in run("models", "list").out
 
 
