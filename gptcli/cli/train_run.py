@@ -201,12 +201,25 @@ def _open_tokenizer(files: Mapping[str, bytes]) -> Tokenizer:
 
 
 def _start_token(asked: Asked, tokenizer: Tokenizer) -> int:
+    """The token that stands before each document: ``<|endoftext|>``, or what starts a text of the model to fine-tune.
+
+    A model that names no such token has one that ends a text, which then does for both, as in OPT.
+    """
+    from gptcli.spec.config import read_config
+    from gptcli.spec.library import resolve
     from gptcli.train.documents import SEPARATOR
 
-    if SEPARATOR not in tokenizer.special_tokens:
-        hint = "fine-tune another model" if asked.init_from else "train one with --vocab-size"
-        raise UsageError(f"the tokenizer has no {SEPARATOR}", hint)
-    return tokenizer.special_tokens[SEPARATOR]
+    if SEPARATOR in tokenizer.special_tokens:
+        return tokenizer.special_tokens[SEPARATOR]
+    if not asked.init_from:
+        raise UsageError(f"the tokenizer has no {SEPARATOR}", "train one with --vocab-size")
+    config = read_config(resolve(asked.init_from).folder)
+    named = [tokenizer.start_id, config.bos_id, *config.eos_ids]
+    found = next((id_ for id_ in named if id_ is not None), None)
+    if found is None:
+        message = f"{asked.init_from} has no {SEPARATOR}, and names no token that starts or ends a text"
+        raise UsageError(message, "name one in its config.json: bos_token_id or eos_token_id")
+    return found
 
 
 def _model(asked: Asked, words: Tokenizer, start_id: int, seed: int) -> tuple[Any, ModelConfig]:

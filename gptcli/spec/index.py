@@ -106,6 +106,9 @@ def read_folder(folder: Path) -> dict[str, TensorInfo]:
         if not (folder / FILE_NAME).exists() and _only_pickles(folder):
             message = f"{folder} holds its weights as a pickle, which can run code and is never read"
             raise NotFoundError(message, "get the model's safetensors revision, or convert it with transformers")
+        if not (folder / FILE_NAME).exists() and any(folder.glob("model-*-of-*.safetensors")):
+            message = f"{folder} holds shards of a model, but no {INDEX_NAME}, which says what is in them"
+            raise NotFoundError(message, "get that file too: models pull, or a copy from where the shards are from")
         return read_header(folder / FILE_NAME)
     return read_index(folder / INDEX_NAME)
 
@@ -119,9 +122,13 @@ def read_index(index: Path) -> dict[str, TensorInfo]:
     except OSError:
         raise CorruptError(f"{index} is not an index with a weight_map", _AGAIN) from None
     files = parse_index(index, raw)
-    return join_shards(
-        index, files, {shard: read_header(index.parent / shard) for shard in dict.fromkeys(files.values())}
-    )
+    shards = list(dict.fromkeys(files.values()))
+    missing = [shard for shard in shards if not (index.parent / shard).exists()]
+    if missing:
+        message = f"{index.parent} lacks {len(missing)} of {len(shards)} shards that its index names: {missing[0]}"
+        more = " and others" if len(missing) > 1 else ""
+        raise NotFoundError(message + more, "get or copy the model again; models pull goes on where it stopped")
+    return join_shards(index, files, {shard: read_header(index.parent / shard) for shard in shards})
 
 
 def parse_index(index: Path, raw: bytes) -> dict[str, str]:

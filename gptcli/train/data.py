@@ -150,7 +150,7 @@ class Batches:
         if self._windows < 1:
             raise UsageError(
                 f"the training text is {length:,} tokens: too few for windows of {context}",
-                "use more text or a smaller --context",
+                "use more text, or, for a new model, a smaller --context",
             )
         self._corpus, self._rows, self._context, self._seed = corpus, rows, context, seed
         self._mask_documents = mask_documents

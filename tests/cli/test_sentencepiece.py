@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -129,3 +130,29 @@ def test_complete_goes_on_from_within_a_word(run: Run, folder: Path) -> None:
         assert all(each["probability"] > 0 for each in told["completions"])
     (told,) = objects(run("complete", "-m", folder, "the qu", "--suffix", " fox", "--json"))
     assert told["model"]
+
+
+@pytest.mark.parametrize("named", [("bos_token_id", "eos_token_id"), ("eos_token_id",), ()])
+def test_a_model_without_endoftext_learns(run: Run, folder: Path, tmp_path: Path, named: tuple[str, ...]) -> None:
+    """Documents stand behind what starts its texts, or ends them; without either, it is said how to name one."""
+    model, out, text = tmp_path / "model", tmp_path / "out", tmp_path / "text"
+    shutil.copytree(folder, model)
+    config = json.loads((model / "config.json").read_text())
+    for name in {"bos_token_id", "eos_token_id"} - set(named):
+        del config[name]
+    (model / "config.json").write_text(json.dumps(config))
+    if "bos_token_id" not in named:
+        raw = json.loads((model / "tokenizer.json").read_text())
+        (model / "tokenizer.json").write_text(json.dumps({**raw, "post_processor": None}))
+    text.write_text(f"{TEXT}\n<|endoftext|>\n" * 60)
+    length = ("--steps", "1", "--batch-tokens", "64", "--eval-every", "0", "--seed", "1", "--dtype", "float32")
+    done = run("train", "--init-from", model, "--out", out, *length, text)
+    if not named:
+        assert done.code == 2
+        assert b"bos_token_id or eos_token_id" in done.err
+        return
+    assert done.code == 0, done.err
+    tuned = json.loads((out / "config.json").read_text())
+    assert {name: tuned.get(name) for name in config} == {**config, "torch_dtype": "float32"}
+    assert (out / "tokenizer.json").read_bytes() == (model / "tokenizer.json").read_bytes()
+    assert run("generate", "-m", out, "-t", "0", "-n", "4", "the quick").code == 0

@@ -372,6 +372,20 @@ def test_missing_shard(shards: Path) -> None:
         read_folder(shards)
 
 
+def test_missing_shards_are_counted_and_how_to_get_them_is_said(shards: Path) -> None:
+    for file in shards.glob("*.safetensors"):
+        file.unlink()
+    with pytest.raises(NotFoundError, match=r"lacks 2 of 2 shards that its index names: .*one.* and others") as raised:
+        read_folder(shards)
+    assert "models pull" in raised.value.hint
+
+
+def test_shards_without_their_index(tmp_path: Path) -> None:
+    (tmp_path / "model-00001-of-00002.safetensors").write_bytes(b"")
+    with pytest.raises(NotFoundError, match=rf"no {INDEX_NAME}"):
+        read_folder(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("weight_map", "name"),
     [
