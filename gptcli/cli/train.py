@@ -66,7 +66,12 @@ def train(
     width: Annotated[int | None, model_option("--width", metavar="C", min=1, help="Default: 256.")] = None,
     context: Annotated[
         int | None,
-        model_option("--context", metavar="T", min=2, help="The most tokens that the model sees. Default: 512."),
+        model_option(
+            "--context",
+            metavar="T",
+            min=2,
+            help="Tokens that the model sees; with --init-from: in a row. Default: 512.",
+        ),
     ] = None,
     vocab_size: Annotated[
         int | None, model_option("--vocab-size", metavar="V", help="Train a tokenizer of this size.")

@@ -77,6 +77,7 @@ _NAMES = [field.name for field in fields(Asked)]
 _FIXED = _NAMES[: _NAMES.index("eval_every")]
 _LENGTHS = ("steps", "tokens", "epochs", "minutes")
 _SHAPE = ("layers", "heads", "width", "context")
+_TOGETHER = ("init_from", "context")
 
 
 # --- Checking
@@ -104,7 +105,10 @@ def check(asked: Asked) -> None:
 
 def _check_size(asked: Asked) -> None:
     for name in _SHAPE:
-        _exclude(asked, ("preset", "config", "init_from", name), "both give a size")
+        # Of a model that is there, --context says only how much of it a row of training fills.
+        others = ("preset", "config") if name == "context" else ("preset", "config", "init_from")
+        _exclude(asked, (*others, name), "both give a size")
+    _exclude(asked, ("preset", "config", "init_from"), "both give a size")
     _exclude(asked, ("vocab_size", "tokenizer"), "both say which tokenizer")
     for name in ("vocab_size", "tokenizer"):
         if asked.init_from and getattr(asked, name) is not None:
@@ -132,7 +136,7 @@ def without_weaker(asked: Asked, rank: Mapping[str, int]) -> Asked:
     """
     sizes = ("preset", "config", "init_from")
     against = [(one, other) for one in _LENGTHS for other in _LENGTHS]
-    against += [(one, other) for one in sizes for other in (*sizes, *_SHAPE)]
+    against += [(one, other) for one in sizes for other in (*sizes, *_SHAPE) if (one, other) != _TOGETHER]
     against += [("vocab_size", "tokenizer"), ("init_from", "vocab_size"), ("init_from", "tokenizer")]
     given = {name for name in _NAMES if getattr(asked, name) is not None}
     weaker: dict[str, Any] = {

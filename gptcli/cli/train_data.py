@@ -85,9 +85,18 @@ def fingerprint(corpus: Corpus) -> dict[str, Any]:
 
 
 def read_corpora(
-    said: Output, asked: Asked, words: Tokenizer, files: dict[str, bytes], start_id: int, size: ModelConfig
+    said: Output,
+    asked: Asked,
+    words: Tokenizer,
+    files: dict[str, bytes],
+    start_id: int,
+    size: ModelConfig,
+    context: int,
 ) -> list[Corpus]:
-    """The training corpus, then those to evaluate on; what the model folder needs besides goes into ``files``."""
+    """The training corpus, then those to evaluate on; what the model folder needs besides goes into ``files``.
+
+    ``context`` is tokens a row, which may be fewer than the model's.
+    """
     from gptcli.train.examples import hold_examples
 
     if "-" in asked.data and sys.stdin is not None and sys.stdin.isatty():
@@ -99,7 +108,7 @@ def read_corpora(
             "name one with --init-from, or the field that holds text with --field",
         )
     if learns_answers:
-        corpora = _read_examples(said, asked, words, files, start_id, size)
+        corpora = _read_examples(said, asked, words, files, start_id, size, context)
     else:
         corpora = _read_texts(said, asked, words, files, start_id)
     first = corpora[0]
@@ -166,7 +175,13 @@ def _progress(said: Output, name: str) -> Iterator[Any]:
 
 
 def _read_examples(
-    said: Output, asked: Asked, words: Tokenizer, files: dict[str, bytes], start_id: int, size: ModelConfig
+    said: Output,
+    asked: Asked,
+    words: Tokenizer,
+    files: dict[str, bytes],
+    start_id: int,
+    size: ModelConfig,
+    context: int,
 ) -> list[Corpus]:
     """Messages, or prompts and completions: only the answers are learnt."""
     from gptcli.text.template import open_template, tokenizer_config
@@ -177,10 +192,8 @@ def _read_examples(
     template = open_template(folder, words, start_id, size.eos_ids[0] if size.eos_ids else start_id)
 
     def corpus(name: str, examples: Examples) -> Corpus:
-        if examples.longest > size.context:
-            said.note(
-                f"the longest of {name} is {examples.longest:,} tokens: beyond {size.context:,} it is learnt in parts"
-            )
+        if examples.longest > context:
+            said.note(f"the longest of {name} is {examples.longest:,} tokens: beyond {context:,} it is learnt in parts")
         return Corpus(
             name,
             examples.tokens,

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 # The peak learning rate where none is given: from random weights, and for a model that is fine-tuned.
 RATES = {"muon": (5e-3, 5e-4), "adamw": (2e-3, 1e-4)}
 _SAMPLE_TOKENS = 64
+# What a row of fine-tuning is at most, if nobody says: longer ones want memory, and texts as long.
+_LONGEST_ROW = 2048
 
 
 def show_paper_plan(said: Output, asked: Asked) -> None:
@@ -44,6 +46,7 @@ def show_paper_plan(said: Output, asked: Asked) -> None:
         dtype="float32" if asked.dtype == "float32" else "bfloat16",
         parallel="ddp" if asked.parallel == "ddp" else "fsdp" if asked.parallel == "fsdp" else "auto",
         checkpoint_activations=asked.checkpoint_activations,
+        context=_row(said, asked, size),
     )
     show_plan(said, plan, title)
 
@@ -112,11 +115,12 @@ def _train(said: Output, asked: Asked, seed: int, out: Path, resumed: Resumed | 
     words = _open_tokenizer(files)
     start_id = _start_token(asked, words)
     model, size = _model(asked, words, start_id, seed)
+    context = _row(said, asked, size)
     if asked.freeze:
         from gptcli.train.freeze import freeze
 
         said.note(f"{len(freeze(model, asked.freeze))} tensors are left as they are")
-    corpora = read_corpora(said, asked, words, files, start_id, size)
+    corpora = read_corpora(said, asked, words, files, start_id, size, context)
     # By itself bfloat16, where the device multiplies in it; the weights and the optimizer stay float32.
     dtype = runtime.pick_dtype(asked.dtype, "bfloat16", ranks.device)
     plan = Plan(
@@ -124,7 +128,8 @@ def _train(said: Output, asked: Asked, seed: int, out: Path, resumed: Resumed | 
         lr=asked.lr if asked.lr is not None else RATES[asked.optimizer][bool(asked.init_from)],
         weight_decay=asked.weight_decay,
         optimizer=_optimizer(asked),
-        steps=_steps(asked, size.context, corpora[0], ranks.count),
+        context=context,
+        steps=_steps(asked, context, corpora[0], ranks.count),
         minutes=asked.minutes,
         eval_every=asked.eval_every,
         save_every=asked.save_every,
@@ -257,6 +262,23 @@ def _size(asked: Asked, vocab_size: int | None, start_id: int | None) -> ModelCo
     return replace(base, dtype=None)
 
 
+def _row(said: Output, asked: Asked, size: ModelConfig) -> int:
+    """Tokens a row of training: the model's context, or as much of it as ``--context`` says.
+
+    Without being told, a row of a model that is fine-tuned is no longer than ``_LONGEST_ROW``.
+    """
+    if not asked.init_from:
+        return size.context
+    if asked.context is None:
+        if size.context > _LONGEST_ROW:
+            said.note(f"rows of {_LONGEST_ROW:,} tokens, of the model's {size.context:,}: --context says otherwise")
+        return min(size.context, _LONGEST_ROW)
+    if asked.context > size.context:
+        message = f"--context {asked.context:,} is beyond the {size.context:,} tokens that {asked.init_from} can see"
+        raise UsageError(message, f"give at most {size.context}")
+    return asked.context
+
+
 def _steps(asked: Asked, context: int, corpus: Corpus, ranks: int) -> int | None:
     if asked.minutes is not None or asked.steps is not None:
         return asked.steps
@@ -269,7 +291,7 @@ def _steps(asked: Asked, context: int, corpus: Corpus, ranks: int) -> int | None
 def _train_toml(asked: Asked, plan: Plan, size: ModelConfig) -> str:
     """What was asked for, so that it can be read and asked for again."""
     lines = []
-    for name, value in {**asdict(asked), **asdict(plan), **size.to_dict()}.items():
+    for name, value in {**asdict(asked), **asdict(plan), **size.to_dict(), "context": plan.context}.items():
         if name in ("dtype", "save_dtype"):
             value = str(getattr(plan, name)).removeprefix("torch.")
         if value is not None and name != "gpus":

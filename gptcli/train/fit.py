@@ -55,6 +55,7 @@ def choose(objective: nn.Module, plan: Plan, rows: int, ranks: Ranks) -> Choices
     if device.type != "cuda":
         most = plan.micro_batch or _host_rows(transformer.config, plan)
         return Choices(_even(rows, most), bool(plan.compile), bool(plan.checkpoint_activations))
+    context = plan.context or transformer.config.context
     alone = ranks.alone(objective)
     if alone is None:
         return _planned(transformer, plan, rows, ranks)
@@ -64,27 +65,28 @@ def choose(objective: nn.Module, plan: Plan, rows: int, ranks: Ranks) -> Choices
 
     saving = bool(plan.checkpoint_activations)
     apart = plan.mask_documents
-    micro = least(plan.micro_batch or _largest(alone, rows, saving, apart))
+    micro = least(plan.micro_batch or _largest(alone, rows, saving, apart, context))
     if not micro and plan.checkpoint_activations is None:
         saving = True
-        micro = least(plan.micro_batch or _largest(alone, rows, saving, apart))
+        micro = least(plan.micro_batch or _largest(alone, rows, saving, apart, context))
     if not micro:
         raise _no_room()
     micro = _even(rows, micro)
-    compiled = plan.compile if plan.compile is not None else _compiling_pays(alone, micro, saving, apart)
+    compiled = plan.compile if plan.compile is not None else _compiling_pays(alone, micro, saving, apart, context)
     return Choices(micro, bool(least(int(compiled))), saving)
 
 
 def _host_rows(config: ModelConfig, plan: Plan) -> int:
     """Rows at a time on a CPU: as many as keep it busy, if half of the memory that is free has room for them."""
-    rows = max(1, _CPU_TOKENS // config.context)
+    context = plan.context or config.context
+    rows = max(1, _CPU_TOKENS // context)
     free = runtime.free_memory_bytes()
     if free is None:
         return rows
     saving = bool(plan.checkpoint_activations)
-    each = saved_bytes(config, config.context, _dtype(plan), checkpoint=saving)
+    each = saved_bytes(config, context, _dtype(plan), checkpoint=saving)
     # What attention in blocks keeps beyond that (core/attention.py): half of the patterns.
-    patterns = config.heads * config.context**2 * plan.dtype.itemsize // 2
+    patterns = config.heads * context**2 * plan.dtype.itemsize // 2
     each += patterns * (1 if saving else config.layers)
     return max(1, min(rows, free // 2 // each))
 
@@ -100,12 +102,13 @@ def _planned(transformer: Transformer, plan: Plan, rows: int, ranks: Ranks) -> C
         config,
         ranks=ranks.count,
         card_bytes=runtime.memory_bytes(ranks.device),
-        batch_tokens=rows * ranks.count * config.context,
+        batch_tokens=rows * ranks.count * (plan.context or config.context),
         micro_batch_rows=plan.micro_batch,
         optimizer=plan.optimizer,
         dtype=_dtype(plan),
         parallel="fsdp",
         checkpoint_activations=plan.checkpoint_activations,
+        context=plan.context,
     )
     # Cards may differ. A micro-batch that was asked for is tried, whatever paper says.
     fits = plan.micro_batch is not None or answer.fits is not False
@@ -159,7 +162,7 @@ def uncompiled(choices: Choices) -> AbstractContextManager[Any]:
     return torch.compiler.set_stance("force_eager") if choices.compile else contextlib.nullcontext()
 
 
-def _largest(objective: nn.Module, rows: int, saving: bool, apart: bool = False) -> int:
+def _largest(objective: nn.Module, rows: int, saving: bool, apart: bool = False, context: int | None = None) -> int:
     """The most rows whose forward and backward pass fits; 0 if not even one does. ``apart`` masks documents."""
     transformer = _transformer(objective)
     for block in transformer.blocks:
@@ -171,7 +174,7 @@ def _largest(objective: nn.Module, rows: int, saving: bool, apart: bool = False)
             spare = _spare(transformer.embedding.weight.device)
             # Where there are several parts to a step, the second is beside the gradients of the first.
             for _ in range(1 if tried == rows else 2):
-                _pass(objective, tried, apart)
+                _pass(objective, tried, apart, context)
             return tried
         except torch.OutOfMemoryError:
             if tried == 1:
@@ -189,25 +192,27 @@ def _spare(device: torch.device) -> Tensor | None:
     return None if size is None else torch.empty(size // 20, dtype=torch.uint8, device=device)
 
 
-def _pass(objective: nn.Module, rows: int, apart: bool) -> None:
+def _pass(objective: nn.Module, rows: int, apart: bool, context: int | None = None) -> None:
     transformer = _transformer(objective)
     config, device = transformer.config, transformer.embedding.weight.device
-    ids = torch.zeros((rows, config.context), dtype=torch.int64, device=device)
+    ids = torch.zeros((rows, context or config.context), dtype=torch.int64, device=device)
     loss: Tensor = objective(ids, ids, ids.int() if apart else None)
     loss.backward()
     torch.cuda.synchronize(device)
 
 
-def _compiling_pays(objective: nn.Module, rows: int, saving: bool, apart: bool = False) -> bool:
+def _compiling_pays(
+    objective: nn.Module, rows: int, saving: bool, apart: bool = False, context: int | None = None
+) -> bool:
     """Whether compiled blocks are at least a twentieth faster; no, where the compiler is missing or fails."""
     transformer = _transformer(objective)
 
     def seconds() -> float:
-        _pass(objective, rows, apart)
+        _pass(objective, rows, apart, context)
         times = []
         for _ in range(3):
             start = time.perf_counter()
-            _pass(objective, rows, apart)
+            _pass(objective, rows, apart, context)
             times.append(time.perf_counter() - start)
         return min(times)
 

@@ -40,9 +40,11 @@ class Plan:
     """How to train. Of ``steps`` and ``minutes`` one is set; ``lr`` is the peak; every N steps, 0 is never.
 
     ``micro_batch`` (rows at once), ``compile`` and ``checkpoint_activations`` are found out where they are None.
+    ``context`` is tokens a row, up to the model's own, which is what None is: a long one takes memory and examples.
     """
 
     batch_tokens: int = 8192
+    context: int | None = None
     lr: float = 5e-3
     weight_decay: float = 0.1
     warmup: float = 0.02
@@ -139,9 +141,10 @@ class _Run:
         config = model.config
         self.model, self.corpus, self.valid, self.plan, self.out, self.files = model, corpus, valid, plan, out, files
         self.ranks = ranks
-        self.own_rows = max(1, round(plan.batch_tokens / config.context / ranks.count))
+        self.context = plan.context or config.context
+        self.own_rows = max(1, round(plan.batch_tokens / self.context / ranks.count))
         self.rows = self.own_rows * ranks.count
-        self.batches = Batches(corpus, self.rows, config.context, plan.seed, mask_documents=plan.mask_documents)
+        self.batches = Batches(corpus, self.rows, self.context, plan.seed, mask_documents=plan.mask_documents)
         self.objective = ranks.wrap(Objective(model, plan.dtype))
         self.device = model.embedding.weight.device
         self.optimizers = Optimizers(plan.optimizer, model, plan.lr, plan.weight_decay, ranks)
@@ -228,7 +231,7 @@ class _Run:
 
     def _start(self, choices: fit.Choices) -> Event:
         plan, config = self.plan, self.model.config
-        self.flops = flops_per_token(config)
+        self.flops = flops_per_token(config, self.context)
         self.peak = fit.peak_flops(self.device, plan.dtype)
         return {
             "event": "start",
@@ -237,7 +240,7 @@ class _Run:
             "config": config.to_dict(),
             "train_tokens": len(self.corpus.tokens),
             "train_bytes": self.corpus.text_bytes,
-            "batch_tokens": self.rows * config.context,
+            "batch_tokens": self.rows * self.context,
             "micro_batch": choices.micro_batch,
             "accumulate": -(-self.own_rows // choices.micro_batch),
             "steps": plan.steps,
@@ -259,7 +262,7 @@ class _Run:
         return {"step": self.step, "tokens": self._tokens()}
 
     def _tokens(self) -> int:
-        return self.step * self.rows * self.model.config.context
+        return self.step * self.rows * self.context
 
     def _seconds(self) -> float:
         return self.seconds_before + time.perf_counter() - self.began
@@ -305,7 +308,7 @@ class _Run:
                 self.optimizers.zero_grad()
                 self.skipped += 1
             self.step += 1
-            tokens = self.rows * self.model.config.context
+            tokens = self.rows * self.context
             rate = tokens / (time.perf_counter() - start)
             event = self.untold = {
                 "event": "step",
@@ -361,7 +364,7 @@ class _Run:
 
     def _evaluate(self) -> Event:
         with fit.uncompiled(self.choices):  # batches of short documents have shapes of their own
-            told = bits_per_byte(self.objective, self.valid, self.model.config.context, self.micro, self.ranks)
+            told = bits_per_byte(self.objective, self.valid, self.context, self.micro, self.ranks)
         self.best = min((bits for bits in (told["bits_per_byte"], self.best) if bits is not None), default=None)
         return {"event": "eval", **self._position(), **told, "best": self.best}
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from gptcli.cli import train_run
 from tests.cli.conftest import Run
 from tests.cli.training import events, metrics, of_kind, refused, weights
 
@@ -127,12 +129,40 @@ def test_a_pattern_that_freezes_nothing_or_all_is_refused(train: Run, text: Path
 
 
 @pytest.mark.parametrize(
-    "option", ["--layers 3", "--context 8", "--preset gpt2", "--vocab-size 280", "--tokenizer fable"]
+    "option", ["--layers 3", "--width 8", "--preset gpt2", "--vocab-size 280", "--tokenizer fable"]
 )
 def test_a_model_brings_its_size_and_its_tokenizer(train: Run, text: Path, tiny_folder: Path, option: str) -> None:
     said = refused(train(text, "--init-from", tiny_folder, *option.split(), "--steps", "1", bare=True))
     assert option.split()[0] in said
     assert "--init-from" in said
+
+
+def test_a_row_may_be_shorter_than_the_models_context(
+    train: Run, text: Path, tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model keeps its own: what changes is how much of it one row of training fills."""
+
+    def begun(*more: object) -> dict[str, Any]:
+        out = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
+        args = ("--init-from", tiny_folder, "--steps", "2", "--batch-tokens", "96", "--seed", "1", "-o", out)
+        done = train(text, *args, *more, bare=True)
+        told = events(done)
+        assert json.loads((out / "config.json").read_text())["n_positions"] == 64
+        assert of_kind("step", told)[-1]["tokens"] == 2 * of_kind("start", told)[0]["batch_tokens"]
+        start: dict[str, Any] = of_kind("start", told)[0]
+        return {**start, "kept": (out / "train.toml").read_text()}
+
+    assert begun()["batch_tokens"] == 128  # two of its 64 are nearest
+    short = begun("--context", "16")
+    assert short["batch_tokens"] == 96
+    assert "context = 16" in short["kept"].splitlines()
+    assert short["flops_per_token"] < begun()["flops_per_token"]
+    said = refused(train(text, "--init-from", tiny_folder, "--context", "65", "--steps", "1", bare=True))
+    assert "65" in said
+    assert "64" in said
+    monkeypatch.setattr(train_run, "_LONGEST_ROW", 32)
+    assert begun()["batch_tokens"] == 96
+    assert begun("--context", "64")["batch_tokens"] == 128
 
 
 def test_a_model_that_is_not_there_is_3(train: Run, text: Path, tmp_path: Path) -> None:

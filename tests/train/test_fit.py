@@ -145,7 +145,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, fits: Callable[[int, bool], bool]) 
     """Passes that need no device: ``fits`` says whether so many rows do, with gradients there already or not."""
     tried: list[int] = []
 
-    def one_pass(objective: nn.Module, rows: int, apart: bool) -> None:
+    def one_pass(objective: nn.Module, rows: int, apart: bool, context: int | None) -> None:
         tried.append(rows)
         there = all(parameter.grad is not None for parameter in objective.parameters())
         for parameter in objective.parameters():
@@ -209,7 +209,7 @@ def test_compiling_pays_where_it_is_clearly_faster(monkeypatch: pytest.MonkeyPat
     def marked(self: Block) -> None:
         self._compiled_call_impl = self._call_impl
 
-    def one_pass(objective: nn.Module, rows: int, apart: bool) -> None:
+    def one_pass(objective: nn.Module, rows: int, apart: bool, context: int | None) -> None:
         now[0] += faster if one.blocks[0]._compiled_call_impl else 1.0
 
     monkeypatch.setattr(Block, "compile", marked, raising=False)
@@ -224,5 +224,5 @@ def test_a_compiler_that_fails_does_not_pay(monkeypatch: pytest.MonkeyPatch) -> 
         raise RuntimeError("no compiler")
 
     monkeypatch.setattr(Block, "compile", broken, raising=False)
-    monkeypatch.setattr(fit, "_pass", lambda objective, rows, apart: None)
+    monkeypatch.setattr(fit, "_pass", lambda objective, rows, apart, context: None)
     assert fit._compiling_pays(Objective(model(), torch.float32), 2, False) is False
