@@ -59,7 +59,7 @@ def serve(folder: Path, dtype: str, rows: int) -> None:
     service = Service(model, folder, "bench", "bench", api.limits.engine)
     listener = listen("127.0.0.1", 0)
     port = listener.getsockname()[1]
-    run(api.app(service, inner.routes), service, [listener], ready=lambda: print(port, flush=True))
+    run(api.app(service, inner.routes), service, [listener], api.limits, ready=lambda: print(port, flush=True))
 
 
 def decode(folder: Path, dtype: str, tokens: int) -> None:
