@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -101,8 +101,7 @@ class Pool:
         self._cache = None
 
 
-@dataclass(frozen=True)
-class Asked:
+class Asked(NamedTuple):
     """How the next token of a row is drawn, and what is to be told of it (see ``report``)."""
 
     draw: Draw

@@ -6,7 +6,7 @@ What a chat sends again with every turn, a prompt line with every key, a batch w
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -23,10 +23,10 @@ class _Kept:
     ids: tuple[int, ...]
     cache: KVCache
     logits: Tensor | None
+    bytes: int = field(init=False)  # counted once: of many texts the tensors are many
 
-    @property
-    def bytes(self) -> int:
-        return self.cache.bytes + (0 if self.logits is None else self.logits.nbytes)
+    def __post_init__(self) -> None:
+        self.bytes = self.cache.bytes + (0 if self.logits is None else self.logits.nbytes)
 
 
 class Prefixes:

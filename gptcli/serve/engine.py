@@ -256,6 +256,9 @@ class Engine:
             seat = _Seat(ticket, Row(0, ticket.request, self.model), None)
             if ticket.sampling.looks_back:
                 seat.history = History([ticket.request.prompt], self.model.config.vocab_size, self.model.device)
+            # One object for all that are alike, so that every step sees it at once.
+            alike = (other.ticket.sampling for other in self._seats if other.ticket.sampling == ticket.sampling)
+            ticket.sampling = next(alike, ticket.sampling)
             ticket.known = self._enter(seat)
             self.counts.prompt_tokens += len(ticket.request.prompt)
             self.counts.known_tokens += ticket.known
