@@ -70,13 +70,20 @@ class Decoder:
         """Add one token ``[B]`` to each row, in a larger cache if need be; the logits ``[B, V]`` of the next."""
         if self.cache is None:
             raise ValueError("a step comes after a prefill")
+        step = self.prepare()
+        if max(self.cache.lengths) >= self.cache.capacity:
+            self.cache.grow(2 * self.cache.capacity)
+        return step(tokens, self.cache)
+
+    def prepare(self) -> StepFunction:
+        """Choose how steps are taken, and pack what they need, before the first is."""
+        if self.cache is None:
+            raise ValueError("a step comes after a prefill")
         if self._step is None:
             # What the cache has room for is what will be asked for.
             room = self.cache.capacity - max(self.cache.lengths)
             self._step = self.stepping.step(tokens=room, rows=len(self.cache.lengths))
-        if max(self.cache.lengths) >= self.cache.capacity:
-            self.cache.grow(2 * self.cache.capacity)
-        return self._step(tokens, self.cache)
+        return self._step
 
     def draw_on_device(
         self,

