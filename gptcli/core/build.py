@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from gptcli.core import runtime
-from gptcli.core.checkpoint import load_weights
+from gptcli.core.checkpoint import assign, load_weights
 from gptcli.core.model import Transformer
 from gptcli.core.quantize import check_quantize, quantize_
 from gptcli.core.stepping import Stepping
@@ -178,9 +178,7 @@ def new_part(share: Share, make: Callable[[ModelConfig], Transformer] = Transfor
             owner, _, leaf = name.rpartition(".")
             setattr(transformer.get_submodule(owner), leaf, None)
         for tensor, slice_ in share.tensors():
-            owner, _, leaf = tensor.name.rpartition(".")
-            parameter = nn.Parameter(torch.empty(slice_.shape(tensor.shape)), requires_grad=False)
-            setattr(transformer.get_submodule(owner), leaf, parameter)
+            assign(transformer, tensor.name, torch.empty(slice_.shape(tensor.shape)))
     transformer.tie()
     return transformer
 

@@ -75,14 +75,14 @@ def load_weights(
                     if share is not None:
                         for ours, part, size in _slices(stream.get_slice(matched[name][0]), layout[name], share):
                             taken += size
-                            _assign(model, ours, part.to(device=device, dtype=dtype or part.dtype).contiguous())
+                            assign(model, ours, part.to(device=device, dtype=dtype or part.dtype).contiguous())
                         continue
                     tensor = stream.get_tensor(matched[name][0])
                     taken += tensor.nbytes
                     # On a device, move first: the transposed view then copies there and not here.
                     tensor = tensor.to(device=device, dtype=dtype or tensor.dtype)
                     for ours, part in our_parts(tensor, layout[name]):
-                        _assign(model, ours, part)
+                        assign(model, ours, part)
         except (SafetensorError, OSError) as error:
             raise CorruptError(f"{file} can't be read: {error}", "download or save the file again") from None
     model.tie()
@@ -134,7 +134,8 @@ def disk_tensor(parts: Sequence[Tensor], entry: DiskTensor) -> Tensor:
     return (tensor.t() if entry.transpose else tensor).contiguous()
 
 
-def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
+def assign(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Put a tensor in the place of the parameter of this name, whose module has to be there."""
     owner, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
 

@@ -7,14 +7,14 @@ file there; the part that is not whole is ``blobs/<hash>.incomplete``.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from threading import Event
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from gptcli.errors import CorruptError, NetworkError
 from gptcli.hub.reach import Hub, Listing, RemoteFile, is_of_transport
+from gptcli.spec.library import blob_digest
 
 # Seconds between tries that bring no byte; after the last the fetch is given up.
 PAUSES = (1.0, 2.0, 4.0, 8.0)
@@ -61,16 +61,12 @@ def fetch(
 
 def digest_of(file: RemoteFile, place: Path, stop: Event | None = None) -> str:
     """The hash of a file on the disk, of the kind that the Hub has of it. Raises Stopped when told to."""
-    if file.kind == "sha256":
-        digest: Any = hashlib.sha256()
-    else:
-        digest = hashlib.sha1(f"blob {place.stat().st_size}\0".encode(), usedforsecurity=False)
-    with place.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            if stop is not None and stop.is_set():
-                raise Stopped
-            digest.update(block)
-    return str(digest.hexdigest())
+
+    def check() -> None:
+        if stop is not None and stop.is_set():
+            raise Stopped
+
+    return blob_digest(place, file.digest or "", check)
 
 
 def refuse(file: RemoteFile, digest: str) -> CorruptError:

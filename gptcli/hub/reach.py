@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import urlsplit
 
 from gptcli.errors import AccessError, CorruptError, GptcliError, NetworkError, NotFoundError, UsageError
@@ -17,7 +17,6 @@ from gptcli.spec.library import hub_is_offline, is_hub_id
 
 _HUB = "https://huggingface.co"  # where HF_ENDPOINT is set to nothing
 _TIMEOUT = 30.0  # seconds until a server that says nothing counts as gone
-_HEX = {40: "sha1", 64: "sha256"}
 
 
 @dataclass(frozen=True)
@@ -30,10 +29,6 @@ class RemoteFile:
     name: str
     size: int | None
     digest: str | None
-
-    @property
-    def kind(self) -> Literal["sha1", "sha256"] | None:
-        return _HEX.get(len(self.digest or ""))  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -200,7 +200,7 @@ def verify_hashes(folder: Path, again: str = "download the model again") -> list
         if file.is_symlink() and not file.exists():
             raise CheckError(f"{name} is missing", again)
         if name not in checked and re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", blob):
-            _compare(name, sha256(file) if len(blob) == 64 else _git_sha1(file), blob, again)
+            _compare(name, blob_digest(file, blob), blob, again)
             checked.append(name)
     return checked
 
@@ -219,15 +219,23 @@ def sha256(file: Path) -> str:
     return _digest(file, hashlib.sha256())
 
 
-def _git_sha1(file: Path) -> str:
+def blob_digest(file: Path, blob: str, between: Callable[[], object] = lambda: None) -> str:
+    """The hash of a file, in hex, of the kind that names ``blob``: SHA-256 has 64 digits, git's SHA-1 40.
+
+    ``between`` is called between two blocks; what it raises goes through.
+    """
     import hashlib
 
-    return _digest(file, hashlib.sha1(f"blob {file.stat().st_size}\0".encode(), usedforsecurity=False))
+    if len(blob) == 64:
+        return _digest(file, hashlib.sha256(), between)
+    begun = hashlib.sha1(f"blob {file.stat().st_size}\0".encode(), usedforsecurity=False)
+    return _digest(file, begun, between)
 
 
-def _digest(file: Path, digest: Any) -> str:
+def _digest(file: Path, digest: Any, between: Callable[[], object] = lambda: None) -> str:
     with file.open("rb") as stream:
         while block := stream.read(1 << 20):
+            between()
             digest.update(block)
     return digest.hexdigest()
 
