@@ -24,7 +24,7 @@ from gptcli.core import runtime
 from gptcli.errors import CorruptError, NotFoundError, OutputError, ResourceError
 
 SOURCE = Path(__file__).parent / "native" / "step.cpp"
-PARTS = (SOURCE.parent / "draw.h",)  # that it includes
+PARTS = tuple(SOURCE.parent / name for name in ("draw.h", "tiles.h"))  # that it includes
 ABI = 3  # as in step.cpp
 COMPILERS = ("c++", "g++", "clang++")
 # No -ffast-math: a model whose numbers overflow has to show it.

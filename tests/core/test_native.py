@@ -341,6 +341,19 @@ def test_a_step_is_the_same_on_any_number_of_threads_and_every_time(built: Path)
             assert torch.equal(steps_of(model, step.step, [9, 4], 5)[0], first)
 
 
+@pytest.mark.parametrize("rows", [1, 16, 21])
+def test_pytorchs_products_are_the_same_around_a_step(built: Path, rows: int) -> None:
+    """Both shape the same tiles of a thread, where the CPU has such."""
+    model = visible_model(CONFIGS["gpt2"]).bfloat16()
+    step, inputs = NativeStep(load(built), model, 2), torch.randn(64, 96).bfloat16()
+    weight, found = torch.randn(128, 96).bfloat16(), []
+    for _ in range(3):
+        found.append((F.linear(inputs, weight), steps_of(model, step.step, [3] * rows, 2)[0]))
+    for product, logits in found:
+        assert torch.equal(product, found[0][0])
+        assert torch.equal(logits, found[0][1])
+
+
 def test_callers_take_turns(built: Path) -> None:
     """Several threads with caches of their own use one step."""
     model = visible_model(CONFIGS["gpt2"])

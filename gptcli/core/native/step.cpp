@@ -6,8 +6,9 @@
 // time is left out: no operators, no temporary tensors, and threads that wait for each other only where one needs what
 // another has made.
 //
-// Everything is written once, for registers of any width. Two instructions are used where the CPU has them, and
-// elsewhere done with ordinary ones: dot products of four bytes (AVX-512 VNNI), and of two bfloat16 (AVX-512 BF16).
+// Everything is written once, for registers of any width. Some instructions are used where the CPU has them, and
+// elsewhere done with ordinary ones: dot products of four bytes (AVX-512 VNNI), and of two bfloat16 (AVX-512 BF16), or of
+// many (AMX, see tiles.h).
 //
 // core/native_build.py compiles this file on the machine that runs it; core/native.py calls it through ctypes.
 
@@ -26,6 +27,12 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#endif
+
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
+#define GPTCLI_TILES
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 #if defined(__AVX512F__)
@@ -403,8 +410,12 @@ template <int R> __attribute__((noinline)) int product(const Matrix& m, int pane
     return R;
 }
 
-// The panels from begin to end times every input; use(b, row, results) takes LANES results from a row of the matrix on.
-template <class Use> void multiply(const Matrix& m, int begin, int end, const Inputs& in, int batch, Use&& use) {
+#include "tiles.h"
+
+// The panels from begin to end times every input; take(b, row, results) takes LANES results from a row of the matrix on.
+template <class Take>
+void multiply(const Matrix& m, int begin, int end, const Inputs& in, int batch, Take&& take) {
+    if (tiles::multiply(m)) return tiles::multiply(m, begin, end, in, batch, take);
     for (int p = begin; p < end; p++)
         for (int b = 0; b < batch;) {  // the more rows at once, the fewer times the weights are read
             Floats out[MOST_ROWS];
@@ -413,7 +424,7 @@ template <class Use> void multiply(const Matrix& m, int begin, int end, const In
                              : left >= 4 ? product<4>(m, p, in, b, out)
                              : left >= 2 ? product<2>(m, p, in, b, out)
                                          : product<1>(m, p, in, b, out);
-            for (int r = 0; r < done; r++) use(b + r, p * LANES, out[r]);
+            for (int r = 0; r < done; r++) take(b + r, p * LANES, out[r]);
             b += done;
         }
 }
@@ -646,6 +657,7 @@ public:
             for (int b = first_of[r]; b < first_of[r + 1]; b++) begin(b, ids[b], lengths[r] + b - first_of[r]);
         uint64_t phase = crew.next_phase();
         crew.run([=, this](int t) mutable {
+            const tiles::Use use;
             // A thread makes its own inputs of a matrix ready, once it has a piece: cheaper than to wait for another's.
             const auto multiplying = [&](int panels, auto&& prepare, auto&& work) {
                 bool ready = false;
@@ -851,21 +863,25 @@ private:
 GPTCLI_API const char* gptcli_built() { return GPTCLI_BUILT; }
 GPTCLI_API int32_t gptcli_abi() { return ABI; }
 GPTCLI_API int32_t gptcli_lanes() { return LANES; }
-GPTCLI_API const char* gptcli_features() {  // that it uses
 #if defined(__AVX512F__)
-    return "AVX-512"
+#define REGISTERS "AVX-512"
 #elif defined(__AVX2__)
-    return "AVX2"
+#define REGISTERS "AVX2"
 #else
-    return "128-bit vectors"
+#define REGISTERS "128-bit vectors"
 #endif
 #if defined(__AVX512VNNI__)
-           ", VNNI"
+#define BYTES ", VNNI"
+#else
+#define BYTES ""
 #endif
 #if defined(__AVX512BF16__)
-           ", BF16"
+#define HALVES ", BF16"
+#else
+#define HALVES ""
 #endif
-        ;
+GPTCLI_API const char* gptcli_features() {  // that it uses
+    return tiles::allowed() ? REGISTERS BYTES HALVES ", AMX" : REGISTERS BYTES HALVES;
 }
 
 // Null where there is not enough memory. The model's arrays are not copied, and have to stay.
@@ -892,6 +908,7 @@ GPTCLI_API bool gptcli_step(void* step, int32_t count, const int64_t* tokens, co
 
 // A matrix times x [B, columns], into y [B, rows], on this thread alone: for tests and benchmarks.
 GPTCLI_API void gptcli_multiply(const Matrix* m, int32_t batch, const float* x, float* y) {
+    const tiles::Use use;
     Inputs in;
     in.room(batch, m->columns);
     in.take(x, m->columns, batch, *m);
