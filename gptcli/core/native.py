@@ -95,15 +95,22 @@ class NativeStep:
         The logits ``[Q, V]`` of the next token after each, row after row, and what is left in the cache are to the bit
         those of steps one by one. Raises as ``step``.
         """
+        return self._add(tokens, cache, last=False)
+
+    def fill(self, tokens: Sequence[Sequence[int]], cache: KVCache) -> Tensor:
+        """As ``verify``, but only the logits ``[B, V]`` behind the last token of each row are made: for prompts."""
+        return self._add(tokens, cache, last=True)
+
+    def _add(self, tokens: Sequence[Sequence[int]], cache: KVCache, *, last: bool) -> Tensor:
         counts = list(map(len, tokens))
-        logits = self._run([id_ for row in tokens for id_ in row], counts, cache)
+        logits = self._run([id_ for row in tokens for id_ in row], counts, cache, last=last)
         cache.set_lengths([length + count for length, count in zip(cache.lengths, counts, strict=True)])
         return logits
 
-    def _run(self, ids: list[int], counts: list[int], cache: KVCache) -> Tensor:
+    def _run(self, ids: list[int], counts: list[int], cache: KVCache, *, last: bool = False) -> Tensor:
         lengths = cache.lengths
         self._check(ids, counts, cache)
-        logits = torch.empty(len(ids), self._config.vocab_size)
+        logits = torch.empty(len(counts if last else ids), self._config.vocab_size)
         numbers = _Long * len(counts)
         with self._lock:
             if self._process != os.getpid():  # a fork takes the memory along, but not the threads
@@ -113,7 +120,7 @@ class NativeStep:
                 self._places = _Places(cache)
             done = self._functions.gptcli_step(
                 *(self._handle, len(counts), numbers(*counts), (_Long * len(ids))(*ids), numbers(*lengths)),
-                *(self._places.type, self._places.keys, self._places.values, cache.capacity, logits.data_ptr()),
+                *(self._places.type, self._places.keys, self._places.values, cache.capacity, last, logits.data_ptr()),
             )
         if not done:
             raise ResourceError("there is not enough memory for a step", "use fewer rows")
@@ -175,7 +182,7 @@ def _declared(library: Library) -> Any:
     for name, result, arguments in (
         ("open", _Pointer, [ctypes.POINTER(PackedModel)]),
         ("close", None, [_Pointer]),
-        ("step", ctypes.c_bool, [_Pointer, _Int, _Pointer, *arrays, _Int, *arrays, _Long, _Pointer]),
+        ("step", ctypes.c_bool, [_Pointer, _Int, _Pointer, *arrays, _Int, *arrays, _Long, ctypes.c_bool, _Pointer]),
         ("multiply", None, [ctypes.POINTER(PackedMatrix), _Int, *arrays]),
     ):
         function = getattr(functions, f"gptcli_{name}")

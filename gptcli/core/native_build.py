@@ -25,7 +25,7 @@ from gptcli.errors import CorruptError, NotFoundError, OutputError, ResourceErro
 
 SOURCE = Path(__file__).parent / "native" / "step.cpp"
 PARTS = tuple(SOURCE.parent / name for name in ("draw.h", "tiles.h"))  # that it includes
-ABI = 3  # as in step.cpp
+ABI = 4  # as in step.cpp
 COMPILERS = ("c++", "g++", "clang++")
 # No -ffast-math: a model whose numbers overflow has to show it.
 FLAGS = ("-std=c++20", "-O3", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden", "-Wno-psabi")

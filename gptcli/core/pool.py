@@ -13,16 +13,18 @@ from gptcli.core.decode import chunk_size, in_chunks
 from gptcli.core.draw import Draw
 from gptcli.core.generate import report
 from gptcli.core.model import Transformer
-from gptcli.core.prefixes import Prefixes
+from gptcli.core.prefixes import LEAST, Prefixes, shared_length
 from gptcli.core.requests import Choice
 from gptcli.core.sampling import History
 from gptcli.core.settings import Sampling
-from gptcli.core.stepping import Stepping
+from gptcli.core.stepping import SHORT, Stepping
 
 # A process that lives long takes this many steps and more: whatever makes them fast is worth preparing.
 _MANY = 1 << 20
 # Room for tokens that a cache is made with, and by multiples of which it grows.
 _ROOM = 128
+# Tokens of several prompts that are read at once: no token waits for many others' prompts.
+_TOGETHER = 256
 
 
 class Pool:
@@ -50,27 +52,70 @@ class Pool:
         """Of the rows' keys and values, with room for more."""
         return self._cache.bytes if self._cache else 0
 
-    @torch.inference_mode()
     def enter(self, ids: Sequence[int]) -> tuple[Tensor, int]:
         """A new row, behind the others, that begins with ``ids`` (at least one).
 
         Returns the logits ``[V]`` of the next token, and how many of the ids were known and not computed.
         """
-        forward, dtype = self.stepping.prefill(prompt=len(ids), tokens=_MANY, rows=self.rows + 1)
-        cache, logits = self.prefixes.find(ids, len(ids)) if self.prefixes else (None, None)
-        known = cache.lengths[0] if cache else 0
-        if cache is None:
-            cache = self.transformer.new_cache(1, len(ids), dtype)
-        if logits is None:
-            size = chunk_size(1, self._device, self.transformer.config.rope_scaling)
-            logits = in_chunks(forward, [ids[known:]], cache, size)[0]
-            if self.prefixes and bool(torch.isfinite(logits).all()):  # damage is not to spread to other prompts
-                self.prefixes.keep(ids, cache, 0, logits)
+        return self.enter_first([ids])[0]
+
+    @torch.inference_mode()
+    def enter_first(self, prompts: Sequence[Sequence[int]]) -> list[tuple[Tensor, int]]:
+        """New rows, behind the others, for the first of some prompts, and those behind it that are best read with it.
+
+        Returns for each of these what ``enter`` does. What is read together is to the bit what it is alone.
+        """
+        together = self._together(prompts)
+        longest = max(map(len, together))
+        forward, dtype = self.stepping.prefill(prompt=longest, tokens=_MANY, rows=self.rows + 1)
+        found = [self.prefixes.find(ids, len(ids)) if self.prefixes else (None, None) for ids in together]
+        cache = self._side_by_side([known for known, _ in found], longest, dtype)
+        lengths = cache.lengths
+        if (known := found[0][1]) is not None:
+            logits = known[None]
+        else:
+            rows = [ids[length:] for ids, length in zip(together, lengths, strict=True)]
+            logits = in_chunks(forward, rows, cache, chunk_size(1, self._device, self.transformer.config.rope_scaling))
+            cache.set_lengths(list(map(len, together)))
+            for row, ids in enumerate(together):
+                # Damage is not to spread to other prompts.
+                if self.prefixes and bool(torch.isfinite(logits[row]).all()):
+                    self.prefixes.keep(ids, cache, row, logits[row])
         if self._cache is None:
-            room = min(-(-(len(ids) + 1) // _ROOM) * _ROOM, self.transformer.config.context)
-            self._cache = self.transformer.new_cache(0, max(room, len(ids)), dtype)
+            room = min(-(-(longest + 1) // _ROOM) * _ROOM, self.transformer.config.context)
+            self._cache = self.transformer.new_cache(0, max(room, longest), dtype)
         self._cache.join(cache)
-        return logits, known
+        return list(zip(logits, lengths, strict=True))
+
+    def _side_by_side(self, caches: Sequence[KVCache | None], capacity: int, dtype: torch.dtype) -> KVCache:
+        """A cache of the rows of several, where None is an empty row."""
+        first = caches[0]
+        if first is not None and len(caches) == 1:
+            return first
+        if not any(caches):
+            return self.transformer.new_cache(len(caches), capacity, dtype)
+        joined = self.transformer.new_cache(0, capacity, dtype)
+        for cache in caches:
+            joined.join(cache or self.transformer.new_cache(1, 1, dtype))
+        return joined
+
+    def _together(self, prompts: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
+        """The first of some prompts, and those behind it of which only so much is new that they are read at once.
+
+        None of them can learn from another one here, whose beginning is the same: it would be computed twice.
+        """
+        if not self.stepping.together or len(prompts) == 1:
+            return prompts[:1]
+        knows = self.prefixes.known if self.prefixes else lambda ids: 0
+        count = tokens = 0
+        for ids in prompts:
+            known = knows(ids)
+            tokens += len(ids) - known
+            new = known < len(ids) <= known + SHORT and tokens <= _TOGETHER
+            if not new or any(shared_length(ids, other) >= known + LEAST for other in prompts[:count]):
+                break
+            count += 1
+        return prompts[: max(1, count)]
 
     @torch.inference_mode()
     def step(self, tokens: Sequence[int]) -> Tensor:

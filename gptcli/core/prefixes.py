@@ -13,7 +13,7 @@ from torch import Tensor
 from gptcli.core.cache import KVCache
 
 # Common tokens from which copying beats computing them.
-_LEAST = 8
+LEAST = 8
 
 
 @dataclass
@@ -47,28 +47,35 @@ class Prefixes:
         """What is held."""
         return sum(kept.bytes for kept in self._kept)
 
+    def known(self, ids: Sequence[int]) -> int:
+        """How many of ``ids`` would be found, at their beginning."""
+        return self._longest(tuple(ids))[1]
+
     def find(self, ids: Sequence[int], capacity: int) -> tuple[KVCache | None, Tensor | None]:
         """A new cache of one row that holds the longest known beginning of ``ids``; None where none is worth it.
 
         If all of them are known, so may be the logits ``[V]`` of the next token. Else at least one token is left to be
         computed. ``capacity`` is the room the cache should have, in tokens.
         """
-        wanted = tuple(ids)
-        best, common = None, 0
-        for kept in self._kept:
-            if kept.ids == wanted and kept.logits is not None:
-                best, common = kept, len(wanted)
-                break
-            shared = min(shared_length(kept.ids, wanted), len(wanted) - 1)
-            if shared > common:
-                best, common = kept, shared
-        if best is None or common < min(_LEAST, len(wanted)):
+        best, common = self._longest(tuple(ids))
+        if best is None:
             return None, None
         self._kept.remove(best)
         self._kept.append(best)
         self.hits += 1
         self.tokens += common
-        return best.cache.copy(0, common, max(capacity, common)), best.logits if common == len(wanted) else None
+        return best.cache.copy(0, common, max(capacity, common)), best.logits if common == len(ids) else None
+
+    def _longest(self, wanted: tuple[int, ...]) -> tuple[_Kept | None, int]:
+        """The text that has the longest beginning in common, and its length; None and 0 where it is not worth it."""
+        best, common = None, 0
+        for kept in self._kept:
+            if kept.ids == wanted and kept.logits is not None:
+                return kept, len(wanted)
+            shared = min(shared_length(kept.ids, wanted), len(wanted) - 1)
+            if shared > common:
+                best, common = kept, shared
+        return (best, common) if common >= min(LEAST, len(wanted)) else (None, 0)
 
     def keep(self, ids: Sequence[int], cache: KVCache, row: int, logits: Tensor | None = None) -> None:
         """Remember a row of a cache that holds ``ids`` (copied), perhaps with the logits ``[V]`` of the next token.

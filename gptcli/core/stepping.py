@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -33,6 +34,8 @@ Forward = Callable[..., Tensor]
 _WORTH_PACKING = 16
 # With more rows a step is bound by arithmetic, in which PyTorch's products are as good.
 _MOST_ROWS = 64
+# Tokens of a prompt up to which that holds as well: a few of them cost PyTorch mostly what its operators do.
+SHORT = 64
 _WORTH_A_THREAD = 1 << 16  # bytes
 
 
@@ -106,8 +109,18 @@ class Stepping:
         self._library: native_build.Library | None = None
         self._native: native.NativeStep | None = None
         self._no_native = plain  # why there is none; None as well while nobody has looked
+        self._prepared = False
         self._loop: graphs.DeviceLoop | None = None
         self._loop_user: Callable[[], object | None] = lambda: None  # who has it, as long as that one lives
+
+    def prepare(self) -> None:
+        """Of a process that lives long: pack what its steps need now, and let short prompts have it as well.
+
+        From the first prompt on, so that the same one is always read in the same way; and none waits for it.
+        """
+        scaling = self.transformer.config.rope_scaling
+        if scaling is None or scaling.kind != "dynamic":  # which turns all of a prompt alike
+            self._prepared = self._native_step() is not None
 
     def prefill(self, *, prompt: int, tokens: int, rows: int) -> tuple[Forward, torch.dtype]:
         """How to go through prompts of up to so many tokens, and in which type the cache is fastest afterwards.
@@ -116,12 +129,25 @@ class Stepping:
         """
         dtype = self.transformer.embedding.weight.dtype
         natively = "native" in self._worth(tokens, rows) and self._may_native()
-        if not self._leaning(prompt, 0 if natively else tokens, rows):
-            return self.transformer, dtype
-        lean = self._packed_lean()
+        leaning = self._leaning(prompt, 0 if natively else tokens, rows)
         if natively:  # which reads half as much of half as long numbers, where the weights are rounded more anyway
-            return lean, torch.bfloat16 if self._quantized else dtype
-        return lean, lean.cache_dtype
+            dtype = torch.bfloat16 if self._quantized and leaning else dtype
+        elif leaning:
+            dtype = self._packed_lean().cache_dtype
+        if self._prepared and self._native:
+            return partial(self._briefly, leaning), dtype
+        return (self._packed_lean() if leaning else self.transformer), dtype
+
+    def _briefly(self, leaning: bool, ids: Tensor, cache: KVCache, *, last: Tensor | None = None) -> Tensor:
+        """A ``Forward`` that is native for short texts; a row's logits are the same to the bit in any company."""
+        if ids.shape[1] > SHORT or self._native is None:
+            forward: Forward = self._packed_lean() if leaning else self.transformer
+            made: Tensor = forward(ids, cache, last=last)
+            return made
+        if last is None:
+            return self._native.verify(ids.tolist(), cache).view(*ids.shape, -1)  # [B, T, V]
+        lengths = (last + 1).tolist()
+        return self._native.fill([row[:length] for row, length in zip(ids.tolist(), lengths, strict=True)], cache)
 
     def step(self, *, tokens: int, rows: int) -> StepFunction:
         """How to take steps for so many tokens of so many rows; what is worth it is loaded and packed here."""
@@ -154,6 +180,11 @@ class Stepping:
                 return None
         self._loop_user = weakref.ref(user)
         return self._loop
+
+    @property
+    def together(self) -> bool:
+        """Whether short prompts may be read together, and each is to the bit what it is alone."""
+        return self._prepared
 
     @property
     def fell_back(self) -> bool:

@@ -1,7 +1,7 @@
 """One model, many requests: they share the steps of decoding, each with its own sampling, seed and end.
 
 A thread of its own runs the model, so whatever else the process does is not held up by it, nor the other way round.
-Between two steps rows come in, one prompt at a time, and those that ended or whose caller is gone leave; other work on
+Between two steps rows come in, short prompts together, and those that ended or whose caller is gone leave; other work on
 the model (``call``) waits for its turn there too. What was made in a step is handed over at once for all rows.
 
 (Continuous batching: Yu et al. 2022, "Orca", section 4.1.)
@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from itertools import islice, takewhile
 from typing import Any, TypeVar
 
 from gptcli.core import runtime
@@ -93,8 +94,8 @@ class _Seat:
 
     ticket: Ticket
     row: Row
-    history: History | None
-    draw: Draw | None = None  # made when its row is there
+    history: History | None = None  # made when its row is there, as is the other
+    draw: Draw | None = None
 
     def asked(self, library: Any) -> Asked:
         """What is to be drawn next, natively where there is a library."""
@@ -208,6 +209,7 @@ class Engine:
 
     def _run(self) -> None:
         runtime.set_threads(self._threads)
+        self.model.stepping.prepare()
         while True:
             with self._wake:
                 while self.idle and not self._closing:
@@ -240,44 +242,65 @@ class Engine:
 
     def _admit(self) -> None:
         """Seat whoever waits, but so many prompt tokens between two steps only: those who are being served go on."""
-        for seat in self._stale:
-            self._enter(seat)
-        self._stale = []
+        stale, self._stale = self._stale, []
+        for seat in stale:
+            self._enter([seat])
         computed = 0
-        while self._queue and len(self._seats) < self.rows and computed < _PROMPT_TOKENS:
-            ticket = self._queue.popleft()
-            if ticket._cancelled:
-                self.counts.cancelled += 1
-                continue
-            ticket.started = time.perf_counter()
-            if ticket.request.max_tokens == 0:
-                self._add(ticket, Step(0, None, "", finish="length"))
-                continue
-            seat = _Seat(ticket, Row(0, ticket.request, self.model), None)
-            if ticket.sampling.looks_back:
-                seat.history = History([ticket.request.prompt], self.model.config.vocab_size, self.model.device)
-            # One object for all that are alike, so that every step sees it at once.
-            alike = (other.ticket.sampling for other in self._seats if other.ticket.sampling == ticket.sampling)
-            ticket.sampling = next(alike, ticket.sampling)
-            ticket.known = self._enter(seat)
-            self.counts.prompt_tokens += len(ticket.request.prompt)
-            self.counts.known_tokens += ticket.known
-            computed += len(ticket.request.prompt) - ticket.known
+        while computed < _PROMPT_TOKENS and (line := self._line()):
+            seats = self._enter([_Seat(ticket, Row(0, ticket.request, self.model)) for ticket in line])
+            for seat in seats:
+                ticket = seat.ticket
+                self.counts.prompt_tokens += len(ticket.request.prompt)
+                self.counts.known_tokens += ticket.known
+                computed += len(ticket.request.prompt) - ticket.known
+            with self._wake:
+                for _ in seats:
+                    self._queue.popleft()
 
-    def _enter(self, seat: _Seat) -> int:
-        """A row for a seat, and the first token behind what it holds; returns how much of that was known."""
+    def _line(self) -> list[Ticket]:
+        """Those who wait and are next, as many as there are places."""
+        with self._wake:
+            while self._queue and (self._queue[0]._cancelled or self._queue[0].request.max_tokens == 0):
+                ticket = self._queue.popleft()
+                if ticket._cancelled:
+                    self.counts.cancelled += 1
+                else:
+                    ticket.started = time.perf_counter()
+                    self._add(ticket, Step(0, None, "", finish="length"))
+            line = islice(self._queue, self.rows - len(self._seats))
+            return list(takewhile(lambda ticket: not ticket._cancelled and ticket.request.max_tokens != 0, line))
+
+    def _enter(self, seats: Sequence[_Seat]) -> Sequence[_Seat]:
+        """Rows for the first of some seats, and the token behind what each holds; returns those that had their turn."""
+        start = time.perf_counter()
         try:
-            logits, known = self._pool.enter(seat.row.window)
-            self._seats.append(seat)
-            check_finite(self.model, logits)
-            self._draw([seat], logits[None])
+            entered = self._pool.enter_first([seat.row.window for seat in seats])
         except Exception as error:
-            if self._seats and self._seats[-1] is seat:
-                self._stand_up(len(self._seats) - 1, remember=False)
-            self._fail(seat.ticket, _explained(error))
-            return 0
+            self._fail(seats[0].ticket, _explained(error))
+            return seats[:1]
+        seats = seats[: len(entered)]
+        self._seats += seats
+        for seat, (logits, known) in zip(seats, entered, strict=True):
+            try:
+                if not seat.ticket.started:
+                    seat.ticket.started, seat.ticket.known = start, known
+                    self._sit(seat)
+                check_finite(self.model, logits)
+                self._draw([seat], logits[None])
+            except Exception as error:
+                self._stand_up(self._seats.index(seat), remember=False)
+                self._fail(seat.ticket, _explained(error))
         self._settle()
-        return known
+        return seats
+
+    def _sit(self, seat: _Seat) -> None:
+        """What a seat needs for its first token."""
+        ticket = seat.ticket
+        if ticket.sampling.looks_back:
+            seat.history = History([ticket.request.prompt], self.model.config.vocab_size, self.model.device)
+        # One object for all that are alike, so that every step sees it at once.
+        alike = (other.ticket.sampling for other in self._seats if other.ticket.sampling == ticket.sampling)
+        ticket.sampling = next(alike, ticket.sampling)
 
     def _step(self) -> None:
         """One more token for every row."""

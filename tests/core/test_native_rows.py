@@ -99,7 +99,10 @@ def test_several_tokens_in_one_step_are_the_steps_one_by_one(
             singly += [step.step(torch.tensor([id_]), cache) for id_ in ids]
             rows.append(cache)
         cache = copied(whole, model)
-        assert torch.equal(step.verify(tokens, cache), torch.cat(singly))
+        each = torch.cat(singly)
+        assert torch.equal(step.verify(tokens, cache), each)
+        last = [sum(counts[: row + 1]) - 1 for row in range(len(counts))]
+        assert torch.equal(step.fill(tokens, copied(whole, model)), each[last])
         assert cache.lengths == [length + count for length, count in zip(lengths, counts, strict=True)]
         for row, alone in enumerate(rows):
             ours = copied(cache, model)

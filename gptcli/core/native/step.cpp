@@ -49,7 +49,7 @@ constexpr int GROUP = 32;  // columns that share a scale; every matrix is padded
 
 // What core/native.py fills in. Whoever changes a struct counts ABI up, here and there.
 
-constexpr int ABI = 3;
+constexpr int ABI = 4;
 
 enum Type : int32_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, INT4 = 3 };
 enum Activation : int32_t { GELU_TANH = 0, GELU = 1, RELU = 2, SILU = 3 };
@@ -642,9 +642,10 @@ public:
 
     // More tokens in each of ``count`` rows: tokens[r] of them in row r, whose cache holds lengths[r]. Each sees what
     // stands before it. ids: [B], row after row; keys and values: for each layer [count, K, capacity, D]; logits: [B, V].
+    // With ``last`` only those behind each row's last token: [count, V].
     // Below, a token is what a row of a batch is elsewhere: B is all of them.
     void run(int count, const int64_t* tokens, const int64_t* ids, const int64_t* lengths, int cache_type,
-             void* const* keys, void* const* values, int64_t capacity, float* logits) {
+             void* const* keys, void* const* values, int64_t capacity, bool last, float* logits) {
         first_of.assign(1, 0);
         int64_t longest = 0;
         for (int r = 0; r < count; r++) {
@@ -719,10 +720,12 @@ public:
                 if (!m.parallel) neurons();
                 add_to_stream(layer.down, layer.mlp_norm, hidden);
             }
+            const int asked = last ? count : batch;
             multiplying(
-                panels(m.unembedding), [&] { normed(t, batch, m.norm, m.unembedding); },
+                panels(m.unembedding),
+                [&] { normed(t, asked, m.norm, m.unembedding, [&](int b) { return last ? first_of[b + 1] - 1 : b; }); },
                 [&](int begin, int end) {
-                    multiply(m.unembedding, begin, end, own[t], batch, [&](int b, int i, Floats y) {
+                    multiply(m.unembedding, begin, end, own[t], asked, [&](int b, int i, Floats y) {
                         store_first(m.vocab - i, logits + size_t(b) * m.vocab + i, y);
                     });
                 });
@@ -779,14 +782,14 @@ private:
     // Every row's stream as a matrix wants it.
     void read(int t, int batch, const Norm& norm, const Matrix& next) {
         if (m.norm_output) own[t].take(stream[0], stream.stride, batch, next);
-        else normed(t, batch, norm, next);
+        else normed(t, batch, norm, next, [](int b) { return b; });
     }
 
-    // The norm of every row's stream, for a thread of its own: cheaper than to wait for another's.
-    void normed(int t, int batch, const Norm& norm, const Matrix& next) {
+    // The norm of every row's stream (of row(b), for each b), for a thread of its own: cheaper than to wait for another's.
+    template <class Row> void normed(int t, int batch, const Norm& norm, const Matrix& next, Row&& row) {
         Inputs& in = own[t];
         for (int b = 0; b < batch; b++)
-            normalize(stream[b], norm, m.width, m.eps, m.rms, &in.normed[size_t(b) * in.widest]);
+            normalize(stream[row(b)], norm, m.width, m.eps, m.rms, &in.normed[size_t(b) * in.widest]);
         in.take(in.normed.data(), in.widest, batch, next);
     }
 
@@ -897,9 +900,10 @@ GPTCLI_API void gptcli_close(void* step) { delete static_cast<Step*>(step); }
 
 // See Step::run. Ids and lengths are checked by the caller. False where there is not enough memory.
 GPTCLI_API bool gptcli_step(void* step, int32_t count, const int64_t* tokens, const int64_t* ids, const int64_t* lengths,
-                            int32_t cache_type, void* const* keys, void* const* values, int64_t capacity, float* logits) {
+                            int32_t cache_type, void* const* keys, void* const* values, int64_t capacity, bool last,
+                            float* logits) {
     try {
-        static_cast<Step*>(step)->run(count, tokens, ids, lengths, cache_type, keys, values, capacity, logits);
+        static_cast<Step*>(step)->run(count, tokens, ids, lengths, cache_type, keys, values, capacity, last, logits);
         return true;
     } catch (const std::bad_alloc&) {
         return false;
