@@ -18,6 +18,7 @@ from gptcli.cli.opening import find
 from gptcli.cli.out import Output, harmless
 from gptcli.cli.units import byte_text
 from gptcli.errors import UsageError
+from gptcli.spec.files import BESIDE, UNREAD, VOCABULARY
 from gptcli.spec.match import match_folder, stored_dtype
 
 if TYPE_CHECKING:
@@ -28,12 +29,9 @@ if TYPE_CHECKING:
 _SHORT = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
 _LONG = {name: short for short, name in _SHORT.items()}
 # What travels with the weights of a folder, where it is there.
-_TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model")
+_TOKENIZER = (*VOCABULARY, *UNREAD)
 _ALONG = (
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
+    *BESIDE,
     "generation_config.json",
     "README.md",
     "LICENSE",

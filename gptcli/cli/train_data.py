@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from gptcli.cli.out import Output
 from gptcli.errors import NotFoundError, UsageError
+from gptcli.spec.files import BESIDE, VOCABULARY
 
 if TYPE_CHECKING:
     from gptcli.cli.train_asked import Asked
@@ -24,14 +25,6 @@ if TYPE_CHECKING:
 _HELD_OUT = 0.01
 # What the cache of tokens holds at most; the texts used least recently go first.
 _CACHE_BYTES = 20_000_000_000
-_FILES = ("tokenizer.json", "vocab.json", "merges.txt")
-_ALONG = (
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 
 
 def tokenizer_files(said: Output, asked: Asked, out: Path, begun: str | None) -> dict[str, bytes]:
@@ -63,15 +56,15 @@ def files_of_tokenizer(name: str | None) -> dict[str, bytes]:
 
 def files_of_folder(folder: Path) -> dict[str, bytes]:
     """The tokenizer's files in a model folder, and what says how it writes conversations."""
-    names = _FILES[:1] if (folder / _FILES[0]).is_file() else _FILES[1:]
+    names = VOCABULARY[:1] if (folder / VOCABULARY[0]).is_file() else VOCABULARY[1:]
     if not all((folder / name).is_file() for name in names):
         raise NotFoundError(f"{folder} has no tokenizer files", "name another model")
-    return {name: (folder / name).read_bytes() for name in (*names, *_ALONG) if (folder / name).is_file()}
+    return {name: (folder / name).read_bytes() for name in (*names, *BESIDE) if (folder / name).is_file()}
 
 
 def tokenizer_digest(files: Mapping[str, bytes]) -> str:
     """By what a run knows its tokenizer again."""
-    sums = {name: hashlib.sha256(files[name]).hexdigest() for name in _FILES if name in files}
+    sums = {name: hashlib.sha256(files[name]).hexdigest() for name in VOCABULARY if name in files}
     return hashlib.sha256(json.dumps(sums).encode()).hexdigest()
 
 
@@ -124,7 +117,7 @@ def _read_texts(said: Output, asked: Asked, words: Tokenizer, files: dict[str, b
     from gptcli.train.data import hold_out_end
     from gptcli.train.prepare import prepare
 
-    known = {name: content for name, content in files.items() if name in _FILES}
+    known = {name: content for name, content in files.items() if name in VOCABULARY}
 
     def prepared(name: str, paths: list[str], held_out: float) -> list[Corpus]:
         with _progress(said, name) as progress:

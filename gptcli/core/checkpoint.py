@@ -27,6 +27,7 @@ from gptcli.core.files import output_errors, read_ahead, sync, umask
 from gptcli.core.model import Transformer
 from gptcli.errors import CorruptError
 from gptcli.spec.config import to_hf
+from gptcli.spec.files import BESIDE, UNREAD, VOCABULARY
 from gptcli.spec.index import FILE_NAME, INDEX_NAME
 from gptcli.spec.match import DiskTensor, Matched, disk_layout, written_name
 from gptcli.spec.split import Share
@@ -34,16 +35,7 @@ from gptcli.spec.split import Share
 SHARD_BYTES = 5_000_000_000
 # Smaller files are there before a thread is.
 _WORTH_AHEAD = 1 << 26
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
+_TOKENIZER_FILES = (*VOCABULARY, *UNREAD, *BESIDE)
 
 
 def load_weights(

@@ -69,7 +69,10 @@ class Prefixes:
     def _longest(self, wanted: tuple[int, ...]) -> tuple[_Kept | None, int]:
         """The text that has the longest beginning in common, and its length; None and 0 where it is not worth it."""
         best, common = None, 0
+        start = wanted[:LEAST]
         for kept in self._kept:
+            if kept.ids[: len(start)] != start:
+                continue  # of many texts most are none
             if kept.ids == wanted and kept.logits is not None:
                 return kept, len(wanted)
             shared = min(shared_length(kept.ids, wanted), len(wanted) - 1)

@@ -10,20 +10,15 @@ from pathlib import Path, PurePosixPath
 from gptcli.errors import CorruptError, NotFoundError, UnsupportedError
 from gptcli.hub.reach import Listing
 from gptcli.spec.config import ModelConfig, from_hf
+from gptcli.spec.files import BESIDE, UNREAD, VOCABULARY
 from gptcli.spec.index import FILE_NAME, INDEX_NAME, parse_index
 
 _BESIDE_THE_WEIGHTS = (
     "config.json",
     "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",  # SentencePiece: a protobuf, no pickle
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
+    *VOCABULARY,
+    *UNREAD,
+    *BESIDE,
     "additional_chat_templates/*.jinja",
     "README.md",
     "LICENSE*",

@@ -1,8 +1,8 @@
 """One model, many requests: they share the steps of decoding, each with its own sampling, seed and end.
 
 A thread of its own runs the model, so whatever else the process does is not held up by it, nor the other way round.
-Between two steps rows come in, short prompts together, and those that ended or whose caller is gone leave; other work on
-the model (``call``) waits for its turn there too. What was made in a step is handed over at once for all rows.
+Between two steps rows come in, short prompts together, and those that ended or whose caller is gone leave; other work
+on the model (``call``) waits for its turn there too. What was made in a step is handed over at once for all rows.
 
 (Continuous batching: Yu et al. 2022, "Orca", section 4.1.)
 """
