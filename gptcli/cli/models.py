@@ -132,12 +132,17 @@ def verify_model(ctx: typer.Context, name: Name = None, model: options.Model = N
 def _check_tokenizer(found: Found, config: ModelConfig, out: Output) -> None:
     from gptcli.cli.opening import open_tokenizer
 
-    size = open_tokenizer(found, out).vocab_size
-    if size > config.vocab_size:
+    tokenizer = open_tokenizer(found, out)
+    rows, size = config.vocab_size, tokenizer.vocab_size
+    added = {id_: text for text, id_ in tokenizer.special_tokens.items()}
+    if not all(id_ in added for id_ in range(rows, size)):
         raise CheckError(
-            f"the tokenizer has {size:,} tokens, and the model has room for {config.vocab_size:,}",
+            f"the tokenizer has {size:,} tokens, and the model has room for {rows:,}",
             "the tokenizer belongs to another model",
         )
+    if size > rows:  # padding, most often, that whoever trained the model on never gave a row
+        names = ", ".join(added[id_] for id_ in range(rows, size))
+        out.note(f"the model has no row for what was added to its tokenizer: {names}; a prompt can't hold it")
 
 
 def _describe(found: Found) -> dict[str, Any]:

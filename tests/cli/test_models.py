@@ -229,6 +229,23 @@ def test_verify_looks_beyond_the_hashes(run: Run, tiny_folder: Path, tmp_path: P
     assert run("models", "verify", folder).code == 6
 
 
+def test_verify_lets_added_tokens_be_without_a_row(run: Run, tiny_folder: Path, tmp_path: Path) -> None:
+    """A token for padding, as many a model has, that was added behind the rows there are."""
+    folder = tmp_path / "padded"
+    shutil.copytree(tiny_folder, folder)
+    (folder / "SHA256SUMS").unlink(missing_ok=True)
+    raw = json.loads((folder / "tokenizer.json").read_text())
+    rows = json.loads((folder / "config.json").read_text())["vocab_size"]
+    pad = {"id": rows, "content": "<pad>", "special": True}
+    pad |= dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    (folder / "tokenizer.json").write_text(json.dumps({**raw, "added_tokens": [*raw["added_tokens"], pad]}))
+    done = run("models", "verify", folder)
+    assert done.code == 0
+    assert b"no row" in done.err
+    assert b"<pad>" in done.err
+    assert run("generate", "--no-stdin", "the", "-m", folder, "-n", "2").code == 0
+
+
 def test_verify_of_what_is_not_there_is_3(run: Run, tmp_path: Path) -> None:
     assert run("models", "verify", "no-such-model").code == 3
     assert run("models", "verify", tmp_path).code == 3
