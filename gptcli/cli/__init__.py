@@ -243,9 +243,12 @@ def _long_name(names: Sequence[str]) -> str:
 
 
 def _nearest(name: str, known: Any, path: str) -> str:
+    import shlex
     from difflib import get_close_matches
 
     near = get_close_matches(name, list(known), n=1)
+    if not near and any(map(str.isspace, name)) and "generate" in known:  # no name, but a text
+        return f"{path} generate {shlex.quote(name)} continues it"
     return f"did you mean {near[0]}?" if near else f"{path} --help lists them"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -38,6 +39,7 @@ SITUATIONS = [
     Situation("range", "tokenize --split 0 -m {tiny} x", 2, "usage", "--split 0"),
     Situation("nothing", "tokenize -m {tiny}", 2, "usage", "nothing to work on"),
     Situation("command", "genrate x", 2, "usage", "generate"),
+    Situation("a text for a command", "'Once upon' x", 2, "usage", "gptcli generate 'Once upon' continues it"),
     Situation("command below", "models lst", 2, "usage", "list"),
     Situation("missing argument", "train -o {here}/new", 2, "usage", "DATA"),
     Situation("missing option", "train {here}/text", 2, "usage", "--out"),
@@ -81,7 +83,7 @@ def arguments(tmp_path: Path, tiny_folder: Path) -> Callable[[Situation], list[s
     data = (tiny_folder / "model.safetensors").read_bytes()
     (here / "cut" / "model.safetensors").write_bytes(data[:-100])
     (here / "changed" / "SHA256SUMS").write_text("0" * 64 + "  model.safetensors\n")
-    return lambda situation: situation.args.format(here=here, tiny=tiny_folder).split()
+    return lambda situation: shlex.split(situation.args.format(here=here, tiny=tiny_folder))
 
 
 def check(code: int, out: bytes, err: bytes, situation: Situation) -> None:
