@@ -141,13 +141,31 @@ def plain(tmp_path_factory: pytest.TempPathFactory, built: Path) -> Library:
     """A native library for a CPU that has nothing special: the ways that this one does not take."""
     from gptcli.core import native_build, runtime
 
-    folder = tmp_path_factory.mktemp("plain")
-    with pytest.MonkeyPatch.context() as patch:
-        less = {"x86_64": "-march=x86-64-v3"}.get(runtime.machine(), "-O2")
-        patch.setattr(native_build, "flags", lambda: (*native_build.FLAGS, less))
-        library = native_build.build(folder)
+    less = {"x86_64": "-march=x86-64-v3"}.get(runtime.machine(), "-O2")
+    library = built_with(tmp_path_factory.mktemp("plain"), *native_build.FLAGS, less)
     assert "VNNI" not in library.features
     return library
+
+
+@pytest.fixture(scope="session")
+def untiled(tmp_path_factory: pytest.TempPathFactory, built: Path) -> Library:
+    """A native library for a CPU that is like this one, but for the tiles that this one has."""
+    from gptcli.core import native_build
+
+    if "AMX" not in native_build.load(built).features:
+        pytest.skip("this CPU has no tiles (AMX): its own library is one without")
+    library = built_with(tmp_path_factory.mktemp("untiled"), *native_build.flags(), "-mno-amx-tile", "-mno-amx-bf16")
+    assert "AMX" not in library.features
+    return library
+
+
+def built_with(folder: Path, *flags: str) -> Library:
+    """A native library that is compiled with other flags."""
+    from gptcli.core import native_build
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native_build, "flags", lambda: flags)
+        return native_build.build(folder)
 
 
 def tiny_tokenizer() -> bytes:

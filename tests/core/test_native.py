@@ -78,12 +78,12 @@ def in_kind(model: Transformer, kind: str) -> Transformer:
     return model
 
 
-@pytest.fixture(params=["this CPU's", "plain"])
+@pytest.fixture(params=["this CPU's", "untiled", "plain"])
 def library(request: pytest.FixtureRequest, built: Path) -> Library:
-    if request.param == "plain":
-        plain: Library = request.getfixturevalue("plain")
-        return plain
-    return load(built)
+    if request.param == "this CPU's":
+        return load(built)
+    other: Library = request.getfixturevalue(request.param)
+    return other
 
 
 @pytest.fixture(autouse=True)
