@@ -78,7 +78,9 @@ def complete(
         "deadline_seconds": None if deadline is None else seconds(deadline),
         "special": special == "parse",
     }
-    text = one_text(sources([] if prefix is None else [prefix], file or [], no_stdin=no_stdin, strip=strip), errors)
+    text = one_text(
+        sources([] if prefix is None else [prefix], file or [], no_stdin=no_stdin, strip=strip, note=out.note), errors
+    )
 
     # A warm process that is busy, or still loading, is no reason to be late.
     patience = None if asked["deadline_seconds"] is None else asked["deadline_seconds"] + _PATIENCE

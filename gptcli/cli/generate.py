@@ -106,7 +106,7 @@ def generate(
     penalties = (repetition_penalty, frequency_penalty, presence_penalty)
     sampling = Sampling(temperature, top_k, top_p, min_p, *penalties, options.parse_biases(logit_bias or []))
     if batch is None:
-        found = sources([] if text is None else [text], file or [], no_stdin=no_stdin, strip=strip)
+        found = sources([] if text is None else [text], file or [], no_stdin=no_stdin, strip=strip, note=out.note)
         prompts = [_Prompt(one_text(found, errors))]
     elif text is not None or file:
         raise UsageError("--batch brings its own prompts", "leave out the text")

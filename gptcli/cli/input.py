@@ -6,7 +6,7 @@ import os
 import select
 import stat
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,8 @@ from gptcli.errors import CorruptError, NotFoundError, UsageError
 
 ERRORS = ("strict", "replace", "skip")
 _READ = 1 << 20
+# Seconds after which somebody who gave a text, and left a pipe open beside it, is told what is waited for.
+_PATIENCE = 1.0
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class Source:
     path: Path | None = None
     data: bytes | None = None
     strip: bool = False
+    note: Callable[[str], None] | None = None  # says that standard input is waited for, where nobody may know
 
     @property
     def is_stdin(self) -> bool:
@@ -74,6 +77,8 @@ class Source:
             return
         try:
             if self.path is None:
+                if self.note is not None and stdin_is_idle(_PATIENCE):
+                    self.note("waiting for standard input; --no-stdin does without")
                 while block := os.read(sys.stdin.fileno(), _READ):  # what is there, without waiting for more
                     yield block
             else:
@@ -93,18 +98,22 @@ def sources(
     no_stdin: bool = False,
     strip: bool = False,
     required: bool = True,
+    note: Callable[[str], None] | None = None,
 ) -> list[Source]:
     """The documents of a command: standard input first, then files, then arguments.
 
-    Standard input is read if an argument or file is ``-``, or if it is a pipe, a file or a socket. Raises UsageError
-    when there is nothing to work on, or when ``-`` and ``--no-stdin`` contradict each other.
+    Standard input is read if an argument or file is ``-``, or if it is a pipe, a file or a socket. Where it is read
+    beside a text or a file, which may have been all that was meant, ``note`` is told when nothing comes. Raises
+    UsageError when there is nothing to work on, or when ``-`` and ``--no-stdin`` contradict each other.
     """
     asked = "-" in arguments or Path("-") in files
     if asked and no_stdin:
         raise UsageError("- asks for standard input, and --no-stdin refuses it", "give one of them")
     if asked and sys.stdin is None:
         raise UsageError("standard input is closed", "give the text as an argument or with -f")
-    found = [Source("stdin", strip=strip)] if asked or (not no_stdin and stdin_has_data()) else []
+    unasked = note if (arguments or files) and not asked else None
+    piped = asked or (not no_stdin and stdin_has_data())
+    found = [Source("stdin", strip=strip, note=unasked)] if piped else []
     found += [Source(str(path), path=path) for path in files if path != Path("-")]
     found += [Source(f"argument {i}", data=os.fsencode(text)) for i, text in enumerate(arguments, 1) if text != "-"]
     if not found and required:
@@ -127,10 +136,10 @@ def stdin_has_data() -> bool:
     return stat.S_ISFIFO(mode) or stat.S_ISREG(mode) or stat.S_ISSOCK(mode)
 
 
-def stdin_is_idle() -> bool:
-    """Whether nothing more has come yet, so that whoever reads would wait."""
+def stdin_is_idle(seconds: float = 0) -> bool:
+    """Whether nothing more has come yet, nor comes within so many seconds, so that whoever reads would wait."""
     try:
-        return not select.select([sys.stdin.fileno()], [], [], 0)[0]
+        return not select.select([sys.stdin.fileno()], [], [], seconds)[0]
     except (OSError, ValueError):
         return False
 

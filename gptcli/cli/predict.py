@@ -79,7 +79,7 @@ def predict(
     if choose and temperatures != [1.0] and options.strength(ctx, "temperature") == options.TYPED:
         raise UsageError("--choose weighs continuations at temperature 1", "leave out -t, or leave out --choose")
     line = ranks.join(out, tp, "predict", device=device, threads=threads)
-    found = sources([] if text is None else [text], file or [], no_stdin=no_stdin, strip=strip)
+    found = sources([] if text is None else [text], file or [], no_stdin=no_stdin, strip=strip, note=out.note)
     texts = _lines(found, errors) if lines else iter([one_text(found, errors)])
     first = next(texts, None)  # what can't be read is told before a model is loaded
     if first is None:

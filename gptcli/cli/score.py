@@ -79,7 +79,7 @@ def score(
         placing.show_placing(out, model or DEFAULT_MODEL, gpus, sequences=1, **held)
         return
     line = ranks.join(out, tp, "score", device=device, threads=threads)
-    found = sources([] if text is None else [text], file or [], no_stdin=no_stdin, strip=strip)
+    found = sources([] if text is None else [text], file or [], no_stdin=no_stdin, strip=strip, note=out.note)
 
     from gptcli.cli.opening import open_for_inference
 

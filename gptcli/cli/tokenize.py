@@ -67,7 +67,7 @@ def tokenize(
     _check(count, ids, pieces, decode, truncate, split, overlap, null, max_, model, encoding, pull, offline)
     tokenizer = _open(model, encoding, pull, out)
     arguments, named = _files_to_count(texts or [], count, out)
-    found = sources(arguments, [*(file or []), *named], no_stdin=no_stdin, strip=strip)
+    found = sources(arguments, [*(file or []), *named], no_stdin=no_stdin, strip=strip, note=out.note)
     work = _Work(out, tokenizer, errors, special == "parse", max_)
     if decode:
         work.decode(found)

@@ -87,7 +87,9 @@ def trace(
         from gptcli.cli import trace_step
 
         trace_step.check(out)
-    prompt = one_text(sources([] if text is None else [text], file or [], no_stdin=no_stdin, strip=strip), errors)
+    prompt = one_text(
+        sources([] if text is None else [text], file or [], no_stdin=no_stdin, strip=strip, note=out.note), errors
+    )
 
     from gptcli.cli.opening import open_for_inference
 

@@ -129,14 +129,23 @@ class KVCache:
         self.lengths = list(lengths)
 
     def grow(self, capacity: int) -> None:
-        """Make room for ``capacity`` tokens a row, keeping what is held."""
-        for tensors in (self.keys, self.values):
-            for layer, old in enumerate(tensors):
-                batch, heads, held, dim = old.shape
-                tensors[layer] = old.new_zeros(batch, heads, capacity, dim)
-                tensors[layer][:, :, :held] = old
-        self.capacity = capacity
+        """Make room for ``capacity`` tokens a row, keeping what is held; in no layer if there is not the memory for all."""
+        before = self.capacity
         self.moves += 1
+        try:
+            self._resize(capacity)
+        except Exception:
+            self._resize(before)
+            raise
+        self.capacity = capacity
+
+    def _resize(self, capacity: int) -> None:
+        for tensors in (self.keys, self.values):
+            for layer, old in enumerate(tensors):  # one after the other, since both are there for the moment
+                if old.shape[2] != capacity:
+                    kept = min(capacity, old.shape[2])
+                    tensors[layer] = old.new_zeros(*old.shape[:2], capacity, old.shape[3])
+                    tensors[layer][:, :, :kept] = old[:, :, :kept]
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep these rows, in this order; a row may stand several times (samples that share a prompt)."""
@@ -148,12 +157,13 @@ class KVCache:
 
     def join(self, other: KVCache) -> None:
         """Add another cache's rows behind the ones here, with room for theirs and twice as many rows if need be."""
-        rows, places = len(self.lengths) + len(other.lengths), len(self.keys[0])
+        rows = len(self.lengths) + len(other.lengths)
         longest = max(other.lengths)
         if longest > self.capacity:
             self.grow(max(longest, 2 * self.capacity))
         for mine, theirs in ((self.keys, other.keys), (self.values, other.values)):
             for layer, old in enumerate(mine):
+                places = len(old)
                 if rows > places:
                     self.moves += 1
                     mine[layer] = old.new_zeros(max(rows, 2 * places), *old.shape[1:])

@@ -25,6 +25,8 @@ _MANY = 1 << 20
 _ROOM = 128
 # Tokens of several prompts that are read at once: no token waits for many others' prompts.
 _TOGETHER = 256
+# Places that they may take beside each other for the moment, each as many as the longest has tokens, known or not.
+_SIDE_BY_SIDE = 4096
 
 
 class Pool:
@@ -67,7 +69,7 @@ class Pool:
         """
         together = self._together(prompts)
         longest = max(map(len, together))
-        forward, dtype = self.stepping.prefill(prompt=longest, tokens=_MANY, rows=self.rows + 1)
+        forward, dtype = self.stepping.prefill(prompt=longest, tokens=_MANY, rows=self.rows + len(together))
         found = [self.prefixes.find(ids, len(ids)) if self.prefixes else (None, None) for ids in together]
         cache = self._side_by_side([known for known, _ in found], longest, dtype)
         lengths = cache.lengths
@@ -94,10 +96,11 @@ class Pool:
             return first
         if not any(caches):
             return self.transformer.new_cache(len(caches), capacity, dtype)
-        joined = self.transformer.new_cache(0, capacity, dtype)
+        beside = self.transformer.new_cache(len(caches), capacity, dtype)
+        beside.set_lengths([])
         for cache in caches:
-            joined.join(cache or self.transformer.new_cache(1, 1, dtype))
-        return joined
+            beside.join(cache or self.transformer.new_cache(1, 1, dtype))
+        return beside
 
     def _together(self, prompts: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
         """The first of some prompts, and those behind it of which only so much is new that they are read at once.
@@ -107,12 +110,13 @@ class Pool:
         if not self.stepping.together or len(prompts) == 1:
             return prompts[:1]
         knows = self.prefixes.known if self.prefixes else lambda ids: 0
-        count = tokens = 0
+        count = tokens = longest = 0
         for ids in prompts:
-            known = knows(ids)
+            known, longest = knows(ids), max(longest, len(ids))
             tokens += len(ids) - known
-            new = known < len(ids) <= known + SHORT and tokens <= _TOGETHER
-            if not new or any(shared_length(ids, other) >= known + LEAST for other in prompts[:count]):
+            few = known < len(ids) <= known + SHORT and tokens <= _TOGETHER and longest * (count + 1) <= _SIDE_BY_SIDE
+            learns = min(known + LEAST, len(ids))
+            if not few or any(shared_length(ids, other) >= learns for other in prompts[:count]):
                 break
             count += 1
         return prompts[: max(1, count)]

@@ -34,8 +34,9 @@ Forward = Callable[..., Tensor]
 _WORTH_PACKING = 16
 # With more rows a step is bound by arithmetic, in which PyTorch's products are as good.
 _MOST_ROWS = 64
-# Tokens of a prompt up to which that holds as well: a few of them cost PyTorch mostly what its operators do.
-SHORT = 64
+# Tokens of a prompt up to which that holds as well: a few of them cost PyTorch mostly what its operators do. And of all
+# prompts that are read at once, for which the native step makes room.
+SHORT, _SHORT_TOGETHER = 64, 512
 _WORTH_A_THREAD = 1 << 16  # bytes
 
 
@@ -109,18 +110,18 @@ class Stepping:
         self._library: native_build.Library | None = None
         self._native: native.NativeStep | None = None
         self._no_native = plain  # why there is none; None as well while nobody has looked
-        self._prepared = False
+        self._prepared: native.NativeStep | None = None  # for short prompts as well
         self._loop: graphs.DeviceLoop | None = None
         self._loop_user: Callable[[], object | None] = lambda: None  # who has it, as long as that one lives
 
     def prepare(self) -> None:
-        """Of a process that lives long: pack what its steps need now, and let short prompts have it as well.
+        """Of a process that lives long: pack what steps need before it is asked, and let short prompts have it, too.
 
-        From the first prompt on, so that the same one is always read in the same way; and none waits for it.
+        From the first prompt on, so that the same one is always read in the same way.
         """
         scaling = self.transformer.config.rope_scaling
-        if scaling is None or scaling.kind != "dynamic":  # which turns all of a prompt alike
-            self._prepared = self._native_step() is not None
+        if self._native_step() and (scaling is None or scaling.kind != "dynamic"):  # which turns all of a prompt alike
+            self._prepared = self._native
 
     def prefill(self, *, prompt: int, tokens: int, rows: int) -> tuple[Forward, torch.dtype]:
         """How to go through prompts of up to so many tokens, and in which type the cache is fastest afterwards.
@@ -134,20 +135,22 @@ class Stepping:
             dtype = torch.bfloat16 if self._quantized and leaning else dtype
         elif leaning:
             dtype = self._packed_lean().cache_dtype
-        if self._prepared and self._native:
-            return partial(self._briefly, leaning), dtype
+        if self._prepared:
+            return partial(self._briefly, self._prepared, leaning), dtype
         return (self._packed_lean() if leaning else self.transformer), dtype
 
-    def _briefly(self, leaning: bool, ids: Tensor, cache: KVCache, *, last: Tensor | None = None) -> Tensor:
+    def _briefly(
+        self, step: native.NativeStep, leaning: bool, ids: Tensor, cache: KVCache, *, last: Tensor | None = None
+    ) -> Tensor:
         """A ``Forward`` that is native for short texts; a row's logits are the same to the bit in any company."""
-        if ids.shape[1] > SHORT or self._native is None:
+        if ids.shape[1] > SHORT or ids.numel() > _SHORT_TOGETHER:
             forward: Forward = self._packed_lean() if leaning else self.transformer
             made: Tensor = forward(ids, cache, last=last)
             return made
         if last is None:
-            return self._native.verify(ids.tolist(), cache).view(*ids.shape, -1)  # [B, T, V]
+            return step.verify(ids.tolist(), cache).view(*ids.shape, -1)  # [B, T, V]
         lengths = (last + 1).tolist()
-        return self._native.fill([row[:length] for row, length in zip(ids.tolist(), lengths, strict=True)], cache)
+        return step.fill([row[:length] for row, length in zip(ids.tolist(), lengths, strict=True)], cache)
 
     def step(self, *, tokens: int, rows: int) -> StepFunction:
         """How to take steps for so many tokens of so many rows; what is worth it is loaded and packed here."""
@@ -184,7 +187,7 @@ class Stepping:
     @property
     def together(self) -> bool:
         """Whether short prompts may be read together, and each is to the bit what it is alone."""
-        return self._prepared
+        return self._prepared is not None
 
     @property
     def fell_back(self) -> bool:
@@ -222,7 +225,8 @@ class Stepping:
     def _native_step(self) -> native.NativeStep | None:
         """The native step, packed at the first call; None where there can't be one, which is found out once.
 
-        Behind the prompt, that is: packing lets go of what quantized matrices were packed for before.
+        Behind the first prompt, that is, unless short ones are to have it: packing lets go of what quantized matrices
+        were packed for before, and a long prompt packs them for itself again.
         """
         if self._native is None and self._may_native() and self._library is not None:
             try:

@@ -14,8 +14,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import islice, takewhile
 from typing import Any, TypeVar
 
 from gptcli.core import runtime
@@ -33,6 +33,8 @@ Result = TypeVar("Result")
 
 # Prompt tokens that are computed between two steps, where there are more: about what a step of many rows takes.
 _PROMPT_TOKENS = 256
+# Prompts that are looked at to be read at once; a few more than are worth it.
+_TOGETHER = 16
 
 
 @dataclass(eq=False)
@@ -90,7 +92,7 @@ class Counts:
 
 @dataclass(eq=False)
 class _Seat:
-    """A ticket whose row is in the pool."""
+    """A ticket with its text; while it is one of the engine's seats, its row is in the pool."""
 
     ticket: Ticket
     row: Row
@@ -208,29 +210,42 @@ class Engine:
     # --- On the engine's thread
 
     def _run(self) -> None:
-        runtime.set_threads(self._threads)
-        self.model.stepping.prepare()
-        while True:
-            with self._wake:
-                while self.idle and not self._closing:
-                    self._wake.wait()
-                if self._closing:
-                    break
-                call = self._calls.popleft() if self._calls else None
-            start = time.perf_counter()
-            if call is not None:
-                _do(*call)
-            self._drop_cancelled()
-            self._admit()
-            if self._seats:
-                self._step()
-            self._hand_over()
-            self.counts.busy_seconds += time.perf_counter() - start
+        try:
+            runtime.set_threads(self._threads)
+            with suppress(Exception):  # the first request meets it again, and its caller is told
+                self.model.stepping.prepare()
+            while self._turn():
+                pass
+        finally:  # whatever ended it, nobody waits for ever
+            self._closing = True
+            self._fail_all()
+
+    def _turn(self) -> bool:
+        """Wait for something to do, and do some of it; False at the end."""
+        with self._wake:
+            while self.idle and not self._closing:
+                self._wake.wait()
+            if self._closing:
+                return False
+            call = self._calls.popleft() if self._calls else None
+        start = time.perf_counter()
+        if call is not None:
+            _do(*call)
+        self._drop_cancelled()
+        self._admit()
+        if self._seats:
+            self._step()
+        self._hand_over()
+        self.counts.busy_seconds += time.perf_counter() - start
+        return True
+
+    def _fail_all(self) -> None:
         stopping = BusyError("the server is stopping", "start another")
-        for ticket in [*(seat.ticket for seat in (*self._seats, *self._stale)), *self._queue]:
-            self._fail(ticket, stopping)
-        for _, future in self._calls:
-            future.set_exception(stopping)
+        with self._wake:
+            for ticket in [*(seat.ticket for seat in (*self._seats, *self._stale)), *self._queue]:
+                self._fail(ticket, stopping)
+            for _, future in self._calls:
+                future.set_exception(stopping)
         self._hand_over()
 
     def _drop_cancelled(self) -> None:
@@ -247,37 +262,41 @@ class Engine:
             self._enter([seat])
         computed = 0
         while computed < _PROMPT_TOKENS and (line := self._line()):
-            seats = self._enter([_Seat(ticket, Row(0, ticket.request, self.model)) for ticket in line])
-            for seat in seats:
-                ticket = seat.ticket
+            seats = [_Seat(ticket, Row(0, ticket.request, self.model)) for ticket in line]
+            entered = self._enter(seats)
+            with self._wake:
+                self._queue.extendleft(reversed(line[entered:]))
+            for ticket in line[:entered]:
                 self.counts.prompt_tokens += len(ticket.request.prompt)
                 self.counts.known_tokens += ticket.known
                 computed += len(ticket.request.prompt) - ticket.known
-            with self._wake:
-                for _ in seats:
-                    self._queue.popleft()
 
     def _line(self) -> list[Ticket]:
-        """Those who wait and are next, as many as there are places."""
+        """Those who are next, out of the queue: as many as there are places, and can be read at once."""
+        line: list[Ticket] = []
+        places = min(self.rows - len(self._seats) - len(self._stale), _TOGETHER)
         with self._wake:
-            while self._queue and (self._queue[0]._cancelled or self._queue[0].request.max_tokens == 0):
+            while self._queue and len(line) < places:
                 ticket = self._queue.popleft()
                 if ticket._cancelled:
                     self.counts.cancelled += 1
-                else:
+                elif ticket.request.max_tokens == 0:
                     ticket.started = time.perf_counter()
                     self._add(ticket, Step(0, None, "", finish="length"))
-            line = islice(self._queue, self.rows - len(self._seats))
-            return list(takewhile(lambda ticket: not ticket._cancelled and ticket.request.max_tokens != 0, line))
+                else:
+                    line.append(ticket)
+        return line
 
-    def _enter(self, seats: Sequence[_Seat]) -> Sequence[_Seat]:
-        """Rows for the first of some seats, and the token behind what each holds; returns those that had their turn."""
+    def _enter(self, seats: Sequence[_Seat]) -> int:
+        """Rows for the first of some seats, and the token behind what each holds; returns how many had their turn."""
         start = time.perf_counter()
         try:
             entered = self._pool.enter_first([seat.row.window for seat in seats])
         except Exception as error:
+            if len(seats) > 1:  # whose fault it is shows when it is alone
+                return self._enter(seats[:1])
             self._fail(seats[0].ticket, _explained(error))
-            return seats[:1]
+            return 1
         seats = seats[: len(entered)]
         self._seats += seats
         for seat, (logits, known) in zip(seats, entered, strict=True):
@@ -291,7 +310,7 @@ class Engine:
                 self._stand_up(self._seats.index(seat), remember=False)
                 self._fail(seat.ticket, _explained(error))
         self._settle()
-        return seats
+        return len(seats)
 
     def _sit(self, seat: _Seat) -> None:
         """What a seat needs for its first token."""

@@ -160,6 +160,27 @@ def test_grow_keeps_what_is_held(model: Transformer) -> None:
     close(rest[1], model(alone)[0, 4:])
 
 
+def test_without_the_memory_no_layer_has_grown(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor shrunk: who goes on with the cache has to find it as it was."""
+    cache = new_cache(model, 2, capacity=6)
+    model(some_ids(2, 3), cache)
+    held, moves, new_zeros = [tensor.clone() for tensor in (*cache.keys, *cache.values)], cache.moves, Tensor.new_zeros
+
+    def scarce(self: Tensor, *size: int) -> Tensor:
+        if self is cache.values[-1]:
+            raise MemoryError
+        return new_zeros(self, *size)
+
+    monkeypatch.setattr(Tensor, "new_zeros", scarce)
+    with pytest.raises(MemoryError):
+        cache.grow(60)
+    monkeypatch.undo()
+    assert cache.capacity == 6
+    assert cache.moves > moves  # the tensors are others
+    for now, before in zip((*cache.keys, *cache.values), held, strict=True):
+        assert torch.equal(now, before)
+
+
 def test_set_lengths_takes_tokens_back(model: Transformer) -> None:
     ids, other = some_ids(2, 8), some_ids(2, 3, seed=3)
     cache = new_cache(model, 2)

@@ -8,9 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from gptcli.core.build import Model, open_model
 from gptcli.core.generate import generate
+from gptcli.core.pool import Pool
 from gptcli.core.requests import Request, Step
 from gptcli.core.settings import Sampling
 from gptcli.errors import BusyError, CorruptError, LimitError
@@ -19,9 +21,10 @@ from gptcli.text.tokenizer import Tokenizer
 from tests.conftest import PATIENCE
 
 
-@pytest.fixture
-def model(tiny_folder: Path) -> Model:
-    return open_model(tiny_folder, Tokenizer.from_folder(tiny_folder), device="cpu", dtype="float32")
+@pytest.fixture(params=["natively", "by PyTorch"])
+def model(request: pytest.FixtureRequest, tiny_folder: Path) -> Model:
+    native = request.getfixturevalue("built") if request.param == "natively" else None
+    return open_model(tiny_folder, Tokenizer.from_folder(tiny_folder), device="cpu", dtype="float32", native=native)
 
 
 class Callers:
@@ -127,6 +130,57 @@ def test_a_text_that_outgrows_the_context_slides_as_it_does_alone(
         assert [(step.token, step.slid) for step in callers.steps[ticket]] == [
             (step.token, step.slid) for step in alone(model, ticket)
         ]
+
+
+def test_texts_that_slide_at_once_wait_for_their_turn(model: Model, callers: Callers) -> None:
+    """They leave their places to be read anew, and others come in meanwhile: never more than there are places for."""
+    ids = [number * 13 % model.config.vocab_size for number in range(model.config.context)]
+    tickets = [Ticket(Request(ids, number, 9, ignore_eos=True), Sampling(0.8), slide=True) for number in range(4)]
+    engine = Engine(model, callers, rows=1)
+    try:
+        engine.submit_all(tickets)
+        callers.wait(tickets)
+        for ticket in tickets:
+            assert [step.token for step in callers.steps[ticket]] == [step.token for step in alone(model, ticket)]
+    finally:
+        engine.close()
+
+
+def test_whatever_ends_the_engine_nobody_waits_for_ever(
+    model: Model, callers: Callers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fault(self: Engine) -> None:
+        raise AssertionError("a fault")
+
+    monkeypatch.setattr(Engine, "_settle", fault)
+    monkeypatch.setattr(threading, "excepthook", lambda told: None)  # which would be the test's warning
+    engine = Engine(model, callers)
+    ticket = engine.submit(Ticket(Request([1, 2], 1, 8), Sampling(0.8)))
+    callers.wait([ticket])
+    assert isinstance(ticket.error, BusyError)
+    with pytest.raises(BusyError):
+        engine.submit(Ticket(Request([1, 2], 1, 8), Sampling(0.8)))
+    engine.close()
+
+
+def test_a_group_that_does_not_fit_is_read_one_by_one(
+    model: Model, callers: Callers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enter = Pool.enter_first
+
+    def small(self: Pool, prompts: Sequence[Sequence[int]]) -> list[tuple[torch.Tensor, int]]:
+        if len(prompts) > 1 or len(prompts[0]) > 20:
+            raise MemoryError
+        return enter(self, prompts)
+
+    monkeypatch.setattr(Pool, "enter_first", small)
+    engine = Engine(model, callers)
+    tickets = [Ticket(Request(prompt(model, number), 1, 4), Sampling(0.8)) for number in range(9)]
+    engine.submit_all(tickets)
+    callers.wait(tickets)
+    assert [ticket.error is not None for ticket in tickets] == [len(each.request.prompt) > 20 for each in tickets]
+    assert any(ticket.error for ticket in tickets)
+    engine.close()
 
 
 def test_a_prompt_that_was_read_before_is_not_computed_again(model: Model, engine: Engine, callers: Callers) -> None:

@@ -1,4 +1,4 @@
-// One decoding step on a CPU: the twin of core/model.py for a new token in each row, or a few. Names and letters are the
+// One decoding step on a CPU: the twin of core/model.py for a new token in each row, or some. Names and letters are the
 // same there.
 //
 // A step of one token reads every weight once and does little else, so it is as fast as the weights come from memory.
@@ -415,7 +415,7 @@ template <int R> __attribute__((noinline)) int product(const Matrix& m, int pane
 // The panels from begin to end times every input; take(b, row, results) takes LANES results from a row of the matrix on.
 template <class Take>
 void multiply(const Matrix& m, int begin, int end, const Inputs& in, int batch, Take&& take) {
-    if (tiles::multiply(m)) return tiles::multiply(m, begin, end, in, batch, take);
+    if (tiles::fit(m)) return tiles::multiply(m, begin, end, in, batch, take);
     for (int p = begin; p < end; p++)
         for (int b = 0; b < batch;) {  // the more rows at once, the fewer times the weights are read
             Floats out[MOST_ROWS];

@@ -20,7 +20,7 @@ inline bool allowed() {
     return yes;
 }
 
-inline bool multiply(const Matrix& m) { return m.type == BFLOAT16 && allowed(); }
+inline bool fit(const Matrix& m) { return m.type == BFLOAT16 && allowed(); }
 
 // What a thread's tiles look like, as the CPU has it.
 struct alignas(64) Shape {
@@ -52,6 +52,7 @@ public:
             shape.bytes[i] = 64;
             shape.rows[i] = uint8_t(i < 5 ? count : ROWS);
         }
+        asm volatile("" : : "m"(shape));  // all of it is written before; compilers know of its first bytes only
         _tile_loadconfig(&shape);
         rows() = count;
     }
@@ -126,7 +127,7 @@ template <class Take> void multiply(const Matrix& m, int begin, int end, const I
 #else
 
 inline bool allowed() { return false; }
-inline bool multiply(const Matrix&) { return false; }
+inline bool fit(const Matrix&) { return false; }
 struct Use {
     Use() {}
 };
