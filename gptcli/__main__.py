@@ -5,6 +5,8 @@ import os
 import sys
 from typing import NoReturn
 
+INTERRUPTED = 130  # as in errors.py, which is not imported yet when Ctrl-C comes
+
 
 def run() -> NoReturn:
     """The console script. Nothing is imported before Ctrl-C is quiet."""
@@ -16,12 +18,15 @@ def run() -> NoReturn:
         gc.enable()
         code = main()
     except KeyboardInterrupt:
-        code = 130
+        code = INTERRUPTED
     end(code)
 
 
 def end(code: int) -> NoReturn:
     """End the process; one that has loaded torch, or is about to on another thread, at once.
+
+    After Ctrl-C on a terminal the process dies of it, as other programs do: only so does a loop in the shell end with
+    what it runs. Whoever asks the shell is told 130 all the same.
 
     Taking the interpreter down means taking hundreds of thousands of objects apart one by one, up to half a second for
     memory that the system takes back anyway. And of a rank of several, gloo's threads let go of a finished collective's
@@ -29,7 +34,8 @@ def end(code: int) -> NoReturn:
     runtime aborts the whole process, after all has gone well.
     """
     threading = sys.modules.get("threading")
-    if "torch" in sys.modules or (threading and threading.active_count() > 1):
+    interrupted = code == INTERRUPTED and sys.stderr is not None and sys.stderr.isatty()
+    if interrupted or "torch" in sys.modules or (threading and threading.active_count() > 1):
         import atexit
 
         atexit._run_exitfuncs()
@@ -38,6 +44,11 @@ def end(code: int) -> NoReturn:
                 stream.flush()
             except (OSError, ValueError):  # closed, or nobody reads it
                 code = code or 1
+        if interrupted:
+            import signal
+
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
         os._exit(code)
     sys.exit(code)
 

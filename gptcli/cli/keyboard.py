@@ -46,10 +46,15 @@ def raised_on_termination() -> Iterator[None]:
     def end(number: int, frame: Any) -> None:
         raise SystemExit(128 + number)
 
-    numbers = (signal.SIGTERM, signal.SIGHUP)
-    before = [signal.signal(number, end) for number in numbers]
+    heard = not_ignored(signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, end) for number in heard}
     try:
         yield
     finally:
-        for number, handler in zip(numbers, before, strict=True):
+        for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def not_ignored(*numbers: signal.Signals) -> list[signal.Signals]:
+    """Those of some signals that are heard: what nohup, or a shell's ``&``, has had ignored stays ignored."""
+    return [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]

@@ -129,7 +129,7 @@ class KVCache:
         self.lengths = list(lengths)
 
     def grow(self, capacity: int) -> None:
-        """Make room for ``capacity`` tokens a row, keeping what is held; in no layer if there is not the memory for all."""
+        """Make room for ``capacity`` tokens a row, keeping what is held; without the memory no layer has it."""
         before = self.capacity
         self.moves += 1
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
@@ -256,6 +257,29 @@ def test_ctrl_c_while_reading_is_130(tiny_folder: Path) -> None:
     assert process.returncode == 130
     assert (first + rest).split()
     assert b"Traceback" not in said
+
+
+def test_ctrl_c_on_a_terminal_ends_the_shells_loop_too(tiny_folder: Path, tmp_path: Path) -> None:
+    """A shell goes on with its loop unless what it ran has died of the signal."""
+    pty = pytest.importorskip("pty")
+    generating = f"{sys.executable} -m gptcli generate Once -n -1 --slide --ignore-eos --no-warm -m {tiny_folder}"
+    # The shell is a child of the terminal's session, so the key's signal reaches it and what it runs.
+    script = f"for i in 1 2; do echo turn >> {tmp_path}/turns; {generating}; done; echo after >> {tmp_path}/turns"
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.environ["PYTHONPATH"] = str(ROOT)
+        os.execvp("bash", ["bash", "-c", script])
+    shown = b""
+    while len(shown) < 400:  # it is generating
+        shown += os.read(terminal, 100)
+    os.write(terminal, b"\x03")
+    with contextlib.suppress(OSError):  # the terminal's end, on Linux
+        while os.read(terminal, 1 << 16):
+            pass
+    _, status = os.waitpid(pid, 0)
+    os.close(terminal)
+    assert (tmp_path / "turns").read_text() == "turn\n"
+    assert os.waitstatus_to_exitcode(status) in (-signal.SIGINT, 130)
 
 
 def test_a_fault_is_1_and_shows_its_traceback_only_to_who_debugs(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

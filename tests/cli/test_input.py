@@ -140,6 +140,23 @@ def test_a_terminal_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
             sources([])
 
 
+def test_who_waits_for_a_pipe_that_nobody_may_have_meant_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gptcli.cli.input._PATIENCE", 0.01)
+    read, write = os.pipe()
+    said: list[str] = []
+
+    def told(message: str) -> None:
+        said.append(message)
+        os.write(write, b"late ")
+        os.close(write)
+
+    monkeypatch.setattr(sys, "stdin", os.fdopen(read))
+    assert one_text(sources(["text"], note=told), "strict") == "late text"
+    assert said == ["waiting for standard input; --no-stdin does without"]
+    for arguments in ([], ["-"]):  # what was asked for is waited for without a word
+        assert sources(arguments, note=told)[0].note is None
+
+
 def test_nothing_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
     with Path(os.devnull).open() as stream:
         monkeypatch.setattr(sys, "stdin", stream)
