@@ -108,6 +108,8 @@ def generate(
     if batch is None:
         found = sources([] if text is None else [text], file or [], no_stdin=no_stdin, strip=strip, note=out.note)
         prompts = [_Prompt(one_text(found, errors))]
+        if text == "" and not prompts[0].text:  # of a variable that is not set, or of an edit that was left
+            out.note("the text is empty: the model begins by itself")
     elif text is not None or file:
         raise UsageError("--batch brings its own prompts", "leave out the text")
     else:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from gptcli import __version__
 from gptcli.cli import options, placing, ranks
+from gptcli.cli.keyboard import not_ignored
 from gptcli.cli.out import Output
 from gptcli.cli.warm import check_extra
 from gptcli.errors import NotFoundError, OutputError, UsageError
@@ -34,6 +36,9 @@ def serve(
     idle: Annotated[
         float, typer.Option("--idle", metavar="MINUTES", min=0, help="Leave after so long without a request; 0: stay.")
     ] = 0,
+    background: Annotated[
+        bool, typer.Option("--background", help="Return once the model is warm, and leave it to itself.")
+    ] = False,
     status: Annotated[bool, typer.Option("--status", help="Tell which models are warm, and what they did.")] = False,
     stop: Annotated[bool, typer.Option("--stop", help="End the warm process.")] = False,
     rows: Annotated[int, typer.Option("--rows", metavar="N", min=1, help="Requests that are decoded together.")] = 32,
@@ -68,6 +73,7 @@ def serve(
     """Keep a model warm for all commands, and serve OpenAI's API.
 
     One process a user and model, at a Unix socket that the user alone can open. The commands find it by themselves.
+    It stays until Ctrl-C; with --background it has no terminal, and stays until --stop.
     """
     out: Output = ctx.obj
     options.choice("--quantize", quantize, options.QUANTIZE)
@@ -83,6 +89,8 @@ def serve(
     check_extra()
     address = _parse_address(http) if http is not None and ready_fd is None else None
     line = ranks.join(out, tp, "serve", device=device, threads=threads)
+    if background and line is not None:
+        raise UsageError("--background and ranks do not go together", "let torchrun run in the background")
 
     from gptcli.cli.opening import find, open_for_inference
     from gptcli.serve.place import Place, claim, claim_or_meet, fingerprint, runtime_folder
@@ -98,13 +106,18 @@ def serve(
         if ready_fd is not None:
             return  # another was faster, and serves as well
         raise UsageError(f"{found.name} is served already", "gptcli serve --status tells more, --stop ends it")
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in not_ignored(signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _leave)  # also while the model loads the socket is taken away
     sockets: list[socket.socket] = [claimed.listener]
     try:
         files = fingerprint(found.folder)
         if address:
             sockets.append(_listen(*address))
+        if background and ready_fd is None and (process := _go_on_alone(out, place)):
+            claimed.hand_over(process)
+            _meet(out, place, process)
+            _tell_where(out, found.name, place, sockets)
+            return
         asked: dict[str, Any] = {"device": device, "dtype": dtype, "quantize": quantize}
         loaded = open_for_inference(str(found.folder), out, threads=threads, line=line, offload=offload, **asked)
         loaded.name = found.name
@@ -117,15 +130,10 @@ def serve(
         api = Api(limits, Access(api_key=api_key, origins=tuple(cors or ())))
         service = Service(loaded, found.folder, files, __version__, limits.engine)
 
-        def ready() -> None:
-            out.note(f"{found.name} is warm at {place.socket}")
-            if address:
-                host, port = sockets[1].getsockname()[:2]
-                out.note(f"OpenAI's API is at http://{f'[{host}]' if ':' in host else host}:{port}/v1")
-
         app = api.app(service, inner.routes)
         if line is not None:
             line.when_lost = lambda: service.stop()  # which is another once the server runs
+        ready = partial(_tell_where, out, found.name, place, sockets)
         ended_by = server.run(app, service, sockets, limits, ready=ready, idle_seconds=60 * idle)
         if ended_by == signal.SIGINT:
             raise KeyboardInterrupt
@@ -139,6 +147,55 @@ def serve(
 
 def _leave(number: int, frame: Any) -> None:
     raise SystemExit(0)
+
+
+def _tell_where(out: Output, name: str, place: Place, sockets: Sequence[socket.socket]) -> None:
+    """Say where the model answers: at its place, and at the second socket, if there is one."""
+    url = None
+    if sockets[1:]:
+        host, port = sockets[1].getsockname()[:2]
+        url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+    out.note(f"{name} is warm at {place.socket}")
+    if url:
+        out.note(f"OpenAI's API is at {url}")
+    if out.json:
+        out.record({"model": name, "socket": str(place.socket), "url": url})
+
+
+def _go_on_alone(out: Output, place: Place) -> int:
+    """Fork: the new process gets 0, has no terminal, and says what it has to say in its log; this one gets its number.
+
+    Nothing that has threads is loaded yet.
+    """
+    log = os.open(place.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        out.close()
+        if process := os.fork():
+            return process
+        os.setsid()
+        for number, to in enumerate((nothing, nothing, log)):
+            os.dup2(to, number)
+        out.json, out.color = False, "never"
+        return 0
+    finally:
+        os.close(log)
+        os.close(nothing)
+
+
+def _meet(out: Output, place: Place, process: int) -> None:
+    """Wait until a process answers. Raises what it said where it has ended instead; Ctrl-C ends it."""
+    from gptcli.cli.warm import why_it_ended
+    from gptcli.serve.client import Client, GoneError
+
+    try:
+        Client(place).get("/health")
+    except GoneError as gone:
+        os.waitpid(process, 0)
+        raise why_it_ended(place, gone) from None
+    except KeyboardInterrupt:
+        os.kill(process, signal.SIGTERM)
+        raise
 
 
 def _parse_address(text: str) -> tuple[str, int]:

@@ -158,7 +158,7 @@ def find_warm(
     except GoneError as gone:
         if started:
             _wait(started)
-            raise _why_it_ended(place, gone) from None
+            raise why_it_ended(place, gone) from None
         out.detail(f"{gone.message}: the model is loaded here")
         return None
     out.detail(f"{warm.name} from the warm process at {place.socket}")
@@ -218,7 +218,7 @@ def _wait(process: Any) -> None:
         process.wait(60)
 
 
-def _why_it_ended(place: Place, gone: GptcliError) -> GptcliError:
+def why_it_ended(place: Place, gone: GptcliError) -> GptcliError:
     """The error that a process told before it ended, from its log."""
     with suppress(OSError):
         said = place.log.read_text(errors="replace").splitlines()

@@ -98,9 +98,20 @@ class Claim:
         self.place = place
         self.listener = listener
         self._lock = lock
+        self._handed_over = False
+
+    def hand_over(self, process: int) -> None:
+        """Let a fork of this process have it: here it is let go of, and stays as it is."""
+        os.ftruncate(self._lock, 0)
+        os.pwrite(self._lock, str(process).encode(), 0)
+        self.listener.close()
+        os.close(self._lock)
+        self._handed_over = True
 
     def release(self) -> None:
         """Take the socket away and let others serve."""
+        if self._handed_over:
+            return
         with suppress(OSError):
             self.place.socket.unlink()
         self.listener.close()

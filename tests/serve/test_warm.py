@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -186,6 +187,47 @@ def test_a_signal_ends_it_and_leaves_no_socket(start: Start, folder: Path, numbe
     process = start()
     process.send_signal(number)
     assert process.wait(PATIENCE) == code
+    assert not place_of(folder).socket.exists()
+
+
+def test_what_nohup_has_ignored_stays_ignored(start: Start, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = [signal.signal(number, signal.SIG_IGN) for number in (signal.SIGHUP, signal.SIGINT)]
+    try:
+        process = start()  # which inherits that
+    finally:
+        for number, handler in zip((signal.SIGHUP, signal.SIGINT), before, strict=True):
+            signal.signal(number, handler)
+    for number in (signal.SIGHUP, signal.SIGINT):
+        process.send_signal(number)
+    assert status_of(folder)["pid"] == process.pid
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(PATIENCE) == 0
+
+
+def test_in_the_background_it_has_no_terminal_and_stays(gptcli: Gptcli, folder: Path) -> None:
+    done = gptcli("serve", "--background", "--http", "0", "--json")
+    assert done.returncode == 0
+    assert b"is warm at" in done.stderr
+    where, told = json.loads(done.stdout), status_of(folder)
+    assert (where["model"], where["socket"]) == ("tiny", str(place_of(folder).socket))
+    assert os.getsid(told["pid"]) == told["pid"] != os.getsid(0)
+    assert int(place_of(folder).lock.read_text()) == told["pid"]
+    with urllib.request.urlopen(f"{where['url']}/models", timeout=PATIENCE) as answer:
+        assert json.load(answer)["data"][0]["id"] == "tiny"
+    assert b"from the warm process" in gptcli("generate", "Once", "-n", "3", "-v").stderr
+    again = gptcli("serve", "--background")
+    assert (again.returncode, b"is served already" in again.stderr) == (2, True)
+    assert gptcli("serve", "--stop").returncode == 0
+
+
+def test_in_the_background_it_says_why_it_could_not_start(gptcli: Gptcli, folder: Path) -> None:
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.truncate(file.seek(0, os.SEEK_END) - 8)
+    done = gptcli("serve", "--background", "--json")
+    assert done.returncode == 3
+    told = json.loads(done.stderr)["error"]
+    assert "could not start" in told["message"]
+    assert "model.safetensors" in told["message"]
     assert not place_of(folder).socket.exists()
 
 
