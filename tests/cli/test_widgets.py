@@ -163,7 +163,9 @@ def test_a_line_that_wraps_is_drawn_anew_whole(name: str, opened: Open) -> None:
     shell.press(KEY)
     shell.wait("gptcli: the model is not warm")
     shell.type("y")
-    shell.wait(lambda screen: f"> {text}y" in screen.replace("\n", "") and "gptcli: the model" in screen or name == "zsh")
+    shell.wait(
+        lambda screen: f"> {text}y" in screen.replace("\n", "") and "gptcli: the model" in screen or name == "zsh"
+    )
     shell.press("Enter")
     shell.wait(lambda screen: f"\n{'x' * 150}y\n" in screen.replace("x\nx", "xx"))
 
