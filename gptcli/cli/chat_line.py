@@ -101,8 +101,8 @@ def _typed() -> str:
 class ToolkitLine:
     """A line that can be several, with history and completion.
 
-    A paste goes in as it is. Enter sends; Alt-Enter, or a backslash before Enter, begins another line. Ctrl-X Ctrl-E (v,
-    to vi) opens it in $VISUAL or $EDITOR, whose end sends it.
+    A paste goes in as it is. Enter sends; Alt-Enter, or a backslash before Enter, begins another line. Ctrl-X Ctrl-E
+    (to vi: v) opens it in $VISUAL or $EDITOR, whose end sends it.
     """
 
     def __init__(

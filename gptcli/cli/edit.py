@@ -59,8 +59,8 @@ def edit(
 ) -> None:
     """Write a line or a text, with ghost text from the model.
 
-    Tab or End takes all of it, Right a word, Esc hides it, Ctrl-Space shows others and how likely they are. You can type
-    before the model has loaded.
+    Tab or End takes all of it, Right a word, Esc hides it, Ctrl-Space shows others and how likely they are. You can
+    type before the model has loaded.
 
     Without FILE, Enter accepts the line, which goes to stdout, and Alt-Enter begins another; a pipe is what it begins
     with. Of a FILE, Ctrl-S saves and Ctrl-X leaves.

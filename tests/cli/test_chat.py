@@ -348,11 +348,10 @@ def test_what_can_not_be_done_is_told_and_changes_nothing(typed: Typed, line: st
 
 
 def test_what_begins_with_a_slash_may_be_a_message(typed: Typed) -> None:
-    said = typed("//help me", "/usr/bin is full", "/Usr/bin/x", "/pasted\nlines", "/??", options=("/first",))
+    texts = ("/help me", "/usr/bin is full", "/Usr/bin/x", "/pasted\nlines", "/??")
+    said = typed(f"/{texts[0]}", *texts[1:], options=("/first",))
     assert said[0]["prompt"] == transcript("/first")
-    for told, text in zip(
-        said[1:], ("/help me", "/usr/bin is full", "/Usr/bin/x", "/pasted\nlines", "/??"), strict=True
-    ):
+    for told, text in zip(said[1:], texts, strict=True):
         assert f"User: {text}\n\nAssistant:" in told["prompt"]
 
 

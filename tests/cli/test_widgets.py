@@ -163,9 +163,7 @@ def test_a_line_that_wraps_is_drawn_anew_whole(name: str, opened: Open) -> None:
     shell.press(KEY)
     shell.wait("gptcli: the model is not warm")
     shell.type("y")
-    shell.wait(
-        lambda screen: f"> {text}y" in screen.replace("\n", "") and "gptcli: the model" in screen or name == "zsh"
-    )
+    shell.wait(lambda screen: f"> {text}y" in screen.replace("\n", "") and "gptcli: the model" in screen)
     shell.press("Enter")
     shell.wait(lambda screen: f"\n{'x' * 150}y\n" in screen.replace("x\nx", "xx"))
 
@@ -217,6 +215,19 @@ def test_a_word_is_taken_and_the_rest_stays_a_ghost(
     shell.press(key)
     shell.type("!")
     shell.until("echo once upon a --time, 東京!")
+
+
+@needs_zsh
+def test_a_word_is_taken_in_vis_keymap_too(opened: Open, served: Callable[[Answer], StandIn]) -> None:
+    served(words(" upon a time"))
+    shell = opened("zsh")
+    shell.run("bindkey -v")
+    shell.type("echo once")
+    shell.press(KEY)
+    shell.until("echo once upon a time")
+    shell.press("C-Right")
+    shell.type("!")
+    shell.until("echo once upon!")
 
 
 @needs_zsh
