@@ -11,13 +11,15 @@ from typing import Annotated, Any
 import typer
 
 from gptcli.cli import options
+from gptcli.cli.chat_line import MARK, MORE
 from gptcli.cli.input import ERRORS, sources
-from gptcli.cli.out import Output
+from gptcli.cli.out import Output, harmless
 from gptcli.cli.state import make_state_folder, state_folder
 from gptcli.cli.warm import Warm
 from gptcli.errors import CorruptError, GptcliError, UsageError
 
 _LAST = "chat.jsonl"  # the conversation that --continue goes on with
+_ASKED, _SAID = 500, 2000  # characters of it that are shown before it goes on: of the last question and of its answer
 
 
 def chat(
@@ -33,6 +35,7 @@ def chat(
     ] = False,
     lines: Annotated[bool, typer.Option("--lines", help="Each line that is piped in is a message.")] = False,
     history: Annotated[bool, typer.Option("--history/--no-history", help="Keep what was said on disk.")] = True,
+    vi: options.Vi = False,
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", "-n", metavar="N", help="Of an answer; -1: to its end or the context's.")
     ] = 256,
@@ -59,8 +62,9 @@ def chat(
 ) -> None:
     """Talk with a model.
 
-    On a terminal line after line, /help lists its commands. What is piped in is one message, or with --lines a line is.
-    The answer to message i has seed + i.
+    On a terminal line after line, /help lists its commands. There gptcli chat TEXT goes on as a conversation; with
+    --no-stdin TEXT is answered, and that is all. What is piped in is one message, or with --lines a line is. The answer
+    to message i has seed + i.
     """
     out: Output = ctx.obj
     options.choice("--errors", errors, ERRORS)
@@ -117,7 +121,7 @@ def chat(
         if drawn and sampling.temperature > 0 and not out.json:
             out.note(f"seed {talk.settings.seed}")
         if typing:
-            _converse(talk, messages, history=history)
+            _converse(talk, messages, history=history, vi=vi)
         else:
             for message in messages:
                 talk.say(message)
@@ -125,7 +129,7 @@ def chat(
         speaker.close()
 
 
-def _converse(talk: Any, first: Sequence[str], *, history: bool) -> None:
+def _converse(talk: Any, first: Sequence[str], *, history: bool, vi: bool) -> None:
     """Say the first messages, then whatever is typed, until the user leaves."""
     from gptcli.cli.chat_commands import Commands
     from gptcli.cli.chat_line import open_line
@@ -133,11 +137,13 @@ def _converse(talk: Any, first: Sequence[str], *, history: bool) -> None:
 
     out = talk.out
     commands = Commands(talk)
-    line = open_line(out, commands.complete, history=history, shown=talk.speaker.begin)
+    line = open_line(out, commands.complete, history=history, vi=vi, shown=talk.speaker.begin)
     base = " (a base model: it continues a transcript)" if isinstance(talk.template, Transcript) else ""
     out.note(f"{talk.speaker.name}{base}; /help lists the commands, Ctrl-D leaves")
     if talk.conversation.turns:
         out.note(f"{len(talk.conversation.turns):,} messages were said before")
+        if out.talks_to_terminal:
+            out.talk(out.style(harmless(_exchange(talk.conversation.turns)), "dim", stderr=True))
 
     def all_messages() -> Iterator[str]:
         yield from (f"/{text}" if text.startswith("/") else text for text in first)
@@ -152,6 +158,20 @@ def _converse(talk: Any, first: Sequence[str], *, history: bool) -> None:
             if error is talk.speaker.failed:
                 raise
             out.error(error)
+
+
+def _exchange(turns: Sequence[dict[str, str]]) -> str:
+    """The last question and its answer, as they stood on the screen; of long ones the beginning and the end."""
+    begin = max((place for place, turn in enumerate(turns) if turn["role"] == "user"), default=len(turns) - 1)
+    told = []
+    for turn in turns[begin:]:
+        text = turn["content"].strip("\n")
+        if turn["role"] == "user":
+            text = text if len(text) <= _ASKED else text[: _ASKED - 1] + "…"
+            told.append(MARK + text.replace("\n", f"\n{MORE}"))
+        else:
+            told.append(text if len(text) <= _SAID else "…" + text[1 - _SAID :])
+    return "\n".join(told)
 
 
 def _types(out: Output, text: str | None, files: Sequence[Path], no_stdin: bool) -> bool:

@@ -11,8 +11,8 @@ from gptcli.cli.chat_talk import Chat
 from gptcli.errors import CorruptError, GptcliError, NotFoundError, OutputError, UsageError
 from gptcli.text.conversation import read_conversation
 
-_COMMAND = re.compile(r"/([a-z]+)(?:\s+(.*))?\s*", re.DOTALL)
-_OTHER_NAMES = {"exit": "quit", "bye": "quit"}
+_COMMAND = re.compile(r"/([A-Za-z]+|\?)(?:\s+(.*))?\s*", re.DOTALL)
+_OTHER_NAMES = {"exit": "quit", "bye": "quit", "?": "help"}
 
 _HELP = {
     "set": ("[NAME [VALUE]]", "a setting, or all of them: /set temperature 0.5"),
@@ -23,7 +23,7 @@ _HELP = {
     "prompt": ("", "the text that the model would continue now"),
     "save": ("FILE", "the conversation as a line of .jsonl, as train reads it"),
     "load": ("FILE", "go on with a saved one"),
-    "help": ("", "this list"),
+    "help": ("", "this list; so does /?"),
     "quit": ("", "leave; so does Ctrl-D"),
 }
 
@@ -55,14 +55,17 @@ class Commands:
             self._chat.say(line[1:])
             return True
         match = _COMMAND.fullmatch(line)
-        name = _OTHER_NAMES.get(match[1], match[1]) if match else ""
+        typed = match[1].lower() if match else ""
+        name = _OTHER_NAMES.get(typed, typed)
         if match is None or (name not in _HELP and "\n" in line):  # as /usr/bin, or a text that was pasted
             self._chat.say(line)
             return True
         if name == "quit":
             return False
         if name not in self._done:
-            raise UsageError(f"there is no command /{name}", "/help lists them; a message begins with // for a slash")
+            raise UsageError(
+                f"there is no command /{match[1]}", "/help lists them; a message begins with // for a slash"
+            )
         self._done[name]((match[2] or "").strip())
         return True
 
@@ -71,6 +74,7 @@ class Commands:
         if not text.startswith("/") or "\n" in text:
             return []
         name, space, rest = text[1:].partition(" ")
+        name = name.lower()
         if not space:
             return [f"/{known}" for known in _HELP if known.startswith(name)]
         if name == "set" and " " not in rest:

@@ -15,7 +15,8 @@ from gptcli.cli.state import private_file
 if TYPE_CHECKING:
     from prompt_toolkit.key_binding import KeyBindings
 
-_MARK, _MORE = "> ", "… "
+MARK, MORE = "> ", "… "
+_ESCAPE_SECONDS = 0.05
 
 Complete = Callable[[str], list[str]]
 
@@ -28,12 +29,13 @@ class Line(Protocol):
         ...
 
 
-def open_line(out: Output, complete: Complete, *, history: bool, shown: Callable[[], None]) -> Line:
+def open_line(out: Output, complete: Complete, *, history: bool, vi: bool, shown: Callable[[], None]) -> Line:
     """The best line that this terminal has.
 
     Args:
         complete: what the last word of an unfinished line may become.
         history: keep what is typed in the state folder, and find it there.
+        vi: with vi's keys; a plain line has those that its library is set to (``~/.inputrc``).
         shown: is called when a line is there to be typed at.
     """
     if os.environ.get("TERM", "dumb") == "dumb":
@@ -49,7 +51,7 @@ def open_line(out: Output, complete: Complete, *, history: bool, shown: Callable
             file = private_file("chat_history")
         except OSError as error:
             out.note(f"no history: {error.filename}: {error.strerror}")
-    return ToolkitLine(out, complete, file, shown)
+    return ToolkitLine(out, complete, file, shown, vi=vi)
 
 
 class PlainLine:
@@ -65,7 +67,7 @@ class PlainLine:
         self._shown()  # as good as: input() shows the mark itself
         while True:
             try:
-                lines.append(self._ask(_MORE if lines else _MARK))
+                lines.append(self._ask(MORE if lines else MARK))
             except EOFError:
                 self._out.stats("")
                 return None
@@ -99,12 +101,16 @@ def _typed() -> str:
 class ToolkitLine:
     """A line that can be several, with history and completion.
 
-    A paste goes in as it is. Enter sends; Alt-Enter, or a backslash before Enter, begins another line.
+    A paste goes in as it is. Enter sends; Alt-Enter, or a backslash before Enter, begins another line. Ctrl-X Ctrl-E
+    (to vi: v) opens it in $VISUAL or $EDITOR, whose end sends it.
     """
 
-    def __init__(self, out: Output, complete: Complete, history: Path | None, shown: Callable[[], None]) -> None:
+    def __init__(
+        self, out: Output, complete: Complete, history: Path | None, shown: Callable[[], None], *, vi: bool = False
+    ) -> None:
         from prompt_toolkit import PromptSession
         from prompt_toolkit.completion import CompleteEvent, Completer, Completion
+        from prompt_toolkit.cursor_shapes import ModalCursorShapeConfig
         from prompt_toolkit.document import Document
         from prompt_toolkit.history import FileHistory, InMemoryHistory
         from prompt_toolkit.output import ColorDepth, create_output
@@ -112,7 +118,7 @@ class ToolkitLine:
         class Words(Completer):
             def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterator[Completion]:
                 text = document.text_before_cursor
-                last = text if " " not in text else text.split(" ", 2 if text.startswith("/set ") else 1)[-1]
+                last = text if " " not in text else text.split(" ", 2 if text.lower().startswith("/set ") else 1)[-1]
                 for word in complete(text) if document.is_cursor_at_the_end else ():
                     yield Completion(word, start_position=-len(last))
 
@@ -126,14 +132,20 @@ class ToolkitLine:
             reserve_space_for_menu=4,
             multiline=True,
             key_bindings=_keys(),
-            prompt_continuation=lambda width, number, wrapped: "" if wrapped else _MORE,
+            prompt_continuation=lambda width, number, wrapped: "" if wrapped else MORE,
             output=create_output(stdout=stream),
             color_depth=None if out.colored(stream) else ColorDepth.MONOCHROME,
+            enable_open_in_editor=out.on_terminal,  # else the editor's screen would go to the file
+            tempfile_suffix=".txt",
+            vi_mode=vi,
+            cursor=ModalCursorShapeConfig() if vi else None,
         )
+        if vi:  # Esc is a key of its own, and should not wait for what may come behind it
+            self._session.app.ttimeoutlen = self._session.app.timeoutlen = _ESCAPE_SECONDS
 
     def read(self) -> str | None:
         try:
-            return self._session.prompt(_MARK, pre_run=self._before)
+            return self._session.prompt(MARK, pre_run=self._before)
         except (EOFError, KeyboardInterrupt):
             return None
 
@@ -146,6 +158,7 @@ class ToolkitLine:
 
 def _keys() -> KeyBindings:
     from prompt_toolkit.completion import CompleteEvent
+    from prompt_toolkit.filters import vi_navigation_mode
     from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
     keys = KeyBindings()
@@ -161,7 +174,7 @@ def _keys() -> KeyBindings:
         else:
             buffer.validate_and_handle()
 
-    @keys.add("tab")
+    @keys.add("tab", filter=~vi_navigation_mode)
     def complete(event: KeyPressEvent) -> None:
         # Looked up here and now: while a menu is still being made in the background, toolkit's own Tab is lost.
         buffer = event.current_buffer

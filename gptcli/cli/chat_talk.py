@@ -96,7 +96,13 @@ class Chat:
         self.out.note(f"taken back: {_beginning(question)}")
 
     def clear(self) -> None:
-        """Begin anew, with the same system message and settings."""
+        """Begin anew, with the same system message and settings; what was said does not come back by ``--continue``."""
+        said = bool(self.conversation.turns)
+        self._forget()
+        if said:  # where nothing was, what is kept is another conversation
+            self._save()
+
+    def _forget(self) -> None:
         self.conversation.turns.clear()
         self.retries, self._unanswered, self._told_left_out = 0, None, 0
 
@@ -119,7 +125,7 @@ class Chat:
         conversation, more = read_conversation(line)
         if isinstance(values := more.get("settings"), dict):
             self.adopt(self.settings.changed(values))
-        self.clear()
+        self._forget()
         self.conversation, self.retries = conversation, whole_number(more.get("retries"))
 
     def _seed(self) -> int:

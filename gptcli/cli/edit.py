@@ -47,6 +47,7 @@ def edit(
         str, typer.Option("--deadline", metavar="TIME", help="Show what is found by then: 150ms, 0.2s.")
     ] = "1s",
     history: Annotated[bool, typer.Option("--history/--no-history", help="Keep prompt lines on disk.")] = True,
+    vi: options.Vi = False,
     no_stdin: options.NoStdin = False,
     strip: options.Strip = False,
     device: options.Device = "auto",
@@ -58,8 +59,8 @@ def edit(
 ) -> None:
     """Write a line or a text, with ghost text from the model.
 
-    Tab takes all of it, Right a word, Esc hides it, Ctrl-Space shows others and how likely they are. You can type
-    before the model has loaded.
+    Tab or End takes all of it, Right a word, Esc hides it, Ctrl-Space shows others and how likely they are. You can
+    type before the model has loaded.
 
     Without FILE, Enter accepts the line, which goes to stdout, and Alt-Enter begins another; a pipe is what it begins
     with. Of a FILE, Ctrl-S saves and Ctrl-X leaves.
@@ -98,7 +99,7 @@ def edit(
         from prompt_toolkit.output import create_output
 
         where: dict[str, Any] = {"input": create_input(keyboard), "output": create_output(drawing)}
-        where["colored"] = out.colored(drawing)
+        where["colored"], where["vi"] = out.colored(drawing), vi
         try:
             with contextlib.redirect_stderr(later.stderr), raised_on_termination():
                 if opened is None:

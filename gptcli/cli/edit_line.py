@@ -45,10 +45,11 @@ class LineScreen:
         initial: str = "",
         history: Path | None = None,
         colored: bool = True,
+        vi: bool = False,
         erase: bool = False,
         later: Any = None,
     ) -> None:
-        """``erase``: leave nothing on the screen, since the text will be there anyway."""
+        """``erase``: leave nothing on the screen, since the text will be there anyway. ``vi``: with vi's keys."""
         kept: History = FileHistory(str(history)) if history else InMemoryHistory()
         buffer = TypedBuffer(
             document=Document(initial, len(initial)),
@@ -77,11 +78,11 @@ class LineScreen:
         )
         self.app: Application[str | None] = Application(
             layout=Layout(body, focused_element=text),
-            key_bindings=merge_key_bindings([self._keys(buffer), self.typing.keys(indents=False)]),
+            key_bindings=merge_key_bindings([self._keys(buffer), self.typing.keys(in_text=False)]),
             erase_when_done=erase,
             input=input,
             output=output,
-            **look(colored=colored),
+            **look(colored=colored, vi=vi),
         )
         hasten(self.app)
 

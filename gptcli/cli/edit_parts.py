@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from prompt_toolkit.application.current import get_app
+from prompt_toolkit.cursor_shapes import ModalCursorShapeConfig
+from prompt_toolkit.enums import EditingMode
 from prompt_toolkit.filters import Condition, has_focus, is_done
 from prompt_toolkit.formatted_text import StyleAndTextTuples
 from prompt_toolkit.formatted_text.utils import fragment_list_len
@@ -75,8 +77,11 @@ def menu(typing: Typing) -> Container:
     )
 
 
-def look(*, colored: bool) -> dict[str, Any]:
-    """The arguments of an application that say how things look. Without colours the ghost text is underlined."""
+def look(*, colored: bool, vi: bool) -> dict[str, Any]:
+    """The arguments of an application that say how things look. Without colours the ghost text is underlined.
+
+    With ``vi`` also whose keys they are; the cursor's shape then tells the mode.
+    """
     styles = {
         "ghost": "ansibrightblack" if colored else "underline",
         "others": "",
@@ -85,7 +90,10 @@ def look(*, colored: bool) -> dict[str, Any]:
         "dim": "ansibrightblack" if colored else "",
         "question": "bold",
     }
-    return {"style": Style.from_dict(styles), "color_depth": None if colored else ColorDepth.MONOCHROME}
+    told: dict[str, Any] = {"style": Style.from_dict(styles), "color_depth": None if colored else ColorDepth.MONOCHROME}
+    if vi:
+        told |= {"editing_mode": EditingMode.VI, "cursor": ModalCursorShapeConfig()}
+    return told
 
 
 def hasten(app: Any) -> None:

@@ -66,6 +66,7 @@ class TextScreen:
         input: Input,
         output: Output,
         colored: bool = True,
+        vi: bool = False,
         later: Any = None,
     ) -> None:
         self.file, self.saved = file, False
@@ -98,12 +99,12 @@ class TextScreen:
         )
         self.app: Application[int] = Application(
             layout=Layout(body, focused_element=self._text),
-            key_bindings=merge_key_bindings([self._keys(search), self.typing.keys(indents=True)]),
+            key_bindings=merge_key_bindings([self._keys(search), self.typing.keys(in_text=True)]),
             full_screen=True,
             enable_page_navigation_bindings=True,
             input=input,
             output=output,
-            **look(colored=colored),
+            **look(colored=colored, vi=vi),
         )
         hasten(self.app)
         self.app.key_processor.before_key_press += self._forget

@@ -11,8 +11,10 @@ from typing import Any, Protocol
 
 from prompt_toolkit.application.current import get_app
 from prompt_toolkit.buffer import Buffer
-from prompt_toolkit.filters import Condition, FilterOrBool, has_focus
+from prompt_toolkit.enums import EditingMode
+from prompt_toolkit.filters import Condition, FilterOrBool, has_focus, vi_mode
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.key_binding.vi_state import InputMode
 
 from gptcli.cli.edit_ask import FAILED, LOADING, Answer, Asking, Question
 from gptcli.cli.edit_ghost import Ghost, first_word
@@ -76,7 +78,7 @@ class Typing:
 
     def shown(self) -> str:
         """The ghost text at the cursor now."""
-        if not self.ghost.found or self.buffer.selection_state is not None:
+        if not self.ghost.found or not _writes() or self.buffer.selection_state is not None:
             return ""
         return self.ghost.text(*self._here())
 
@@ -137,7 +139,7 @@ class Typing:
             return
         changed = len(place[0]) + len(place[1]) != len(last[0]) + len(last[1]) or "".join(place) != "".join(last)
         # Whoever only walks through a text is not spoken to, but where it might go on.
-        if place[0].strip() and (changed or self._at_the_end_of_a_line()):
+        if _writes() and place[0].strip() and (changed or self._at_the_end_of_a_line()):
             later = self._later or asyncio.get_running_loop().call_later
             self._timer = later(self._asking.delay_seconds, self._ask)
 
@@ -181,10 +183,10 @@ class Typing:
 
     # --- Keys
 
-    def keys(self, *, indents: bool) -> KeyBindings:
-        """What the keys do to the ghost text; with ``indents`` Tab before any text is a tab."""
+    def keys(self, *, in_text: bool) -> KeyBindings:
+        """What the keys do to the ghost text; ``in_text`` Tab before any text is a tab, and Ctrl-F is left to find."""
         keys = KeyBindings()
-        here = has_focus(self.buffer)
+        here = has_focus(self.buffer) & Condition(_writes)
         ghosted = here & Condition(lambda: bool(self.shown()))
         chosen_from = here & Condition(lambda: self.ghost.menu)
         busy = here & Condition(lambda: self._asked is not None or self._timer is not None)
@@ -200,17 +202,20 @@ class Typing:
 
         @add("tab", filter=here & ~ghosted)
         def indent_or_ask(event: KeyPressEvent) -> None:
-            if indents and not self.buffer.document.current_line_before_cursor.strip():
+            if in_text and not self.buffer.document.current_line_before_cursor.strip():
                 self.buffer.insert_text("\t")
             else:
                 self._ask()
 
         @add("tab", filter=ghosted)
+        @add("end", filter=ghosted & at_the_end)
+        @add("c-e", filter=ghosted & at_the_end)
         @add("enter", filter=chosen_from)
         def take_all(event: KeyPressEvent) -> None:
             self._take(self.shown())
 
         @add("right", filter=ghosted & at_the_end)
+        @add("c-f", filter=ghosted & at_the_end & Condition(lambda: not in_text))
         @add("c-right", filter=ghosted & at_the_end)
         @add("escape", "f", filter=ghosted & at_the_end)
         @add("escape", "right", filter=ghosted & at_the_end)
@@ -234,7 +239,8 @@ class Typing:
         def one_before(event: KeyPressEvent) -> None:
             self.ghost.choose(-1)
 
-        @add("escape", filter=ghosted | busy)
+        # To vi, Esc is another mode, which has no ghost text; that it closes the alternatives is enough.
+        @add("escape", filter=chosen_from | (ghosted | busy) & ~vi_mode)
         def hide(event: KeyPressEvent) -> None:
             self._cancel()
             self._cancelled = False
@@ -248,3 +254,12 @@ class Typing:
     def _take(self, text: str) -> None:
         self.ghost.settle()
         self.buffer.insert_text(text)
+
+
+def _writes() -> bool:
+    """Whether what is typed is text: in one of vi's other modes it is not."""
+    app = get_app()
+    vi = app.vi_state
+    return app.editing_mode is not EditingMode.VI or (
+        vi.input_mode is InputMode.INSERT and not vi.temporary_navigation_mode
+    )

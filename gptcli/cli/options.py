@@ -54,6 +54,7 @@ Files = Annotated[
 ]
 NoStdin = Annotated[bool, typer.Option("--no-stdin", help="Do not read standard input, even if it is a pipe.")]
 Strip = Annotated[bool, typer.Option("--strip", help="Take the last newline off piped text.")]
+Vi = Annotated[bool, typer.Option("--vi", help="Edit with vi's keys.")]
 Errors = Annotated[
     str, typer.Option("--errors", metavar="strict|replace|skip", help="What to do with bytes that are not UTF-8.")
 ]

@@ -48,7 +48,7 @@ def shell_init(
 
     Read by the shell as it starts: eval "$(gptcli shell-init zsh)" in ~/.zshrc, the same with bash in ~/.bashrc, and
     gptcli shell-init fish | source in ~/.config/fish/config.fish. The key asks the model that gptcli serve keeps warm;
-    where there is none, nothing happens. The line is only written on, never run. gptcli-unload ends it.
+    where there is none, the key says so. The line is only written on, never run. gptcli-unload ends it.
     """
     out: Output = ctx.obj
     options.choice("the shell", shell, SHELLS)
@@ -59,7 +59,8 @@ def shell_init(
     from gptcli.cli.opening import find
     from gptcli.serve.place import Place, runtime_folder
 
-    folder = find(model).folder.resolve()  # of whatever folder the shell is in later
+    found = find(model)
+    folder = found.folder.resolve()  # of whatever folder the shell is in later
     quoted = _fish if shell == "fish" else shlex.quote
     command = [*_gptcli(), "complete", "--widget", "--quiet", "--model", str(folder)]
     limit = time + (_PATIENCE if shutil.which("curl") else _PYTHON)
@@ -68,6 +69,7 @@ def shell_init(
         "BINDING": _bindings[shell](_parse(key)),
         "SOCKET": quoted(str(Place.of(runtime_folder(), folder).socket)),
         "COMMAND": " ".join(map(quoted, command)),
+        "COLD": quoted(_cold(None if model is None else str(folder) if found.source == "folder" else model)),
         "GHOST": str(int(ghost)),
         "NUM": str(num),
         "UNTIL": until,
@@ -81,6 +83,13 @@ def shell_init(
         out.record({"shell": shell, "key": key, "socket": values["SOCKET"], "script": script})
     else:
         out.data(script, end="")
+
+
+def _cold(model: str | None) -> str:
+    """What the key says where nobody answers; ``model``: what to call the model, if it was named."""
+    if model is None:
+        return "gptcli: no model is warm; gptcli serve starts one"
+    return f"gptcli: the model is not warm; gptcli serve -m {shlex.quote(model)} starts it"
 
 
 def _gptcli() -> list[str]:

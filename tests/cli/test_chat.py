@@ -266,6 +266,44 @@ def test_clear_begins_anew(typed: Typed) -> None:
     assert (after["prompt"], after["seed"]) == (transcript("b", system="Be brief."), 10)
 
 
+def test_what_was_cleared_does_not_come_back(typed: Typed, run: Run) -> None:
+    typed("/system Be brief.", "/set temperature 1.5", "a", "/clear")
+    (after,) = typed("b", options=("-c",))
+    assert (after["prompt"], after["seed"]) == (transcript("b", system="Be brief."), 10)
+    kept = (state_folder() / "chat.jsonl").read_text()
+    typed("/clear")  # nothing was said in this one: what is kept is another
+    assert (state_folder() / "chat.jsonl").read_text() == kept
+    assert json.loads(kept)["settings"]["temperature"] == 1.5
+
+
+def test_the_last_exchange_is_shown_to_a_terminal_alone(typed: Typed) -> None:
+    typed("a", "b")
+    typed(options=("-c",))
+    assert "4 messages were said before" in typed.told
+    assert "> b" not in typed.told
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        (["a", "b", "c\nd", "e\n"], "> c\n… d\ne"),
+        (["q" * 600, "s" * 3000], f"> {'q' * 499}…\n…{'s' * 1999}"),
+        (["a", "b", "c"], "> c"),
+    ],
+)
+def test_the_last_exchange_as_it_stood_there(said: list[str], shown: str) -> None:
+    roles = ("user", "assistant")
+    turns = [{"role": roles[place % 2], "content": text} for place, text in enumerate(said)]
+    assert chat_module._exchange(turns) == shown
+    assert chat_module._exchange([{"role": "assistant", "content": "x"}]) == "x"
+
+
+def test_commands_in_any_case_and_a_question_mark(typed: Typed) -> None:
+    _, after = typed("/SYSTEM Be brief.", "a", "/Clear", "/?", "b", "/Quit", "c")
+    assert after["prompt"] == transcript("b", system="Be brief.")
+    assert "the conversation as a line of .jsonl" in typed.told
+
+
 def test_system_sets_the_scene(typed: Typed) -> None:
     first, second = typed("/system Be\nbrief.", "a", "/system", '/system ""', "b")
     assert first["prompt"] == transcript("a", system="Be\nbrief.")
@@ -295,6 +333,7 @@ def test_set_changes_any_setting(typed: Typed) -> None:
         ("/set logit-bias 999:1", "there is no token 999"),
         ('/set stop "open', "a quote is open"),
         ("/wave", "there is no command /wave"),
+        ("/Wave", "there is no command /Wave"),
         ("/undo twice", "/undo takes nothing more"),
         ("/retry", "nothing was asked yet"),
         ("/save", "/save needs a file"),
@@ -309,9 +348,10 @@ def test_what_can_not_be_done_is_told_and_changes_nothing(typed: Typed, line: st
 
 
 def test_what_begins_with_a_slash_may_be_a_message(typed: Typed) -> None:
-    said = typed("//help me", "/usr/bin is full", "/pasted\nlines", options=("/first",))
+    texts = ("/help me", "/usr/bin is full", "/Usr/bin/x", "/pasted\nlines", "/??")
+    said = typed(f"/{texts[0]}", *texts[1:], options=("/first",))
     assert said[0]["prompt"] == transcript("/first")
-    for told, text in zip(said[1:], ("/help me", "/usr/bin is full", "/pasted\nlines"), strict=True):
+    for told, text in zip(said[1:], texts, strict=True):
         assert f"User: {text}\n\nAssistant:" in told["prompt"]
 
 
@@ -325,7 +365,8 @@ def test_commands_are_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     complete = Commands(Nobody()).complete  # type: ignore[arg-type]
     assert complete("/s") == ["/set", "/system", "/save"]
-    assert complete("/set top") == ["top-k", "top-p"]
+    assert complete("/S") == complete("/s")
+    assert complete("/set top") == complete("/Set top") == ["top-k", "top-p"]
     assert complete("/load s") == ["sub/"]
     assert complete("/load sub/") == ["sub/a.jsonl"]
     assert complete("hello /s") == complete("/set top-k ") == complete("/nothing ") == []

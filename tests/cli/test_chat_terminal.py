@@ -86,6 +86,11 @@ def test_ctrl_c_ends_the_answer_and_keeps_it(endless_folder: Path, letter: tuple
         talk.wait("[ended with 0]")
 
 
+def test_a_text_alone_is_answered_and_that_is_all(endless_folder: Path, letter: tuple[str, ...]) -> None:
+    with gptcli_in_tmux("chat", "-m", endless_folder, *letter, "-n", "4", "--no-stdin", "Go") as talk:
+        assert talk.wait("[ended with 0]").startswith("mmmm\n[ended")
+
+
 def test_ctrl_d_leaves(talk: Tmux) -> None:
     talk.press("C-d")
     talk.wait("[ended with 0]")
@@ -146,9 +151,49 @@ def test_commands_are_completed_and_history_is_kept(endless_folder: Path, letter
     assert (history.stat().st_mode & 0o777, state_folder().stat().st_mode & 0o777) == (0o600, 0o700)
     with gptcli_in_tmux("chat", "-m", endless_folder, *letter, "-c") as talk:
         talk.wait("2 messages were said before")
-        talk.wait(ready(1))
+        talk.wait(ready(2))
+        assert "before\n> first\nmmm\n\x1b[0m" in talk.call("capture-pane", "-p", "-e")  # the last exchange, dimmed
         talk.press("Up")
-        talk.wait("> first")
+        talk.wait(lambda screen: screen.count("> first") == 2)
+
+
+@pytest.mark.parametrize("vi", [False, True])
+def test_the_line_is_opened_in_an_editor(
+    endless_folder: Path, letter: tuple[str, ...], tmp_path: Path, vi: bool
+) -> None:
+    editor = tmp_path / "editor"
+    editor.write_text('#!/bin/sh\nprintf "%s and more\\nlines\\n" "$(cat "$1")" > "$1.new"; mv "$1.new" "$1"\n')
+    editor.chmod(0o700)
+    around = {"VISUAL": str(editor), "GPTCLI_VI": str(int(vi))}
+    with gptcli_in_tmux("chat", "-m", endless_folder, *letter, "-n", "3", environment=around) as talk:
+        talk.wait("\n>")
+        talk.type("a text")
+        talk.wait("> a text")
+        talk.press(*(("Escape", "v") if vi else ("C-x", "C-e")))
+        talk.wait(ready(2))
+        assert kept()[0]["content"] == "a text and more\nlines"
+
+
+def test_with_vis_keys(endless_folder: Path, letter: tuple[str, ...]) -> None:
+    with gptcli_in_tmux("chat", "-m", endless_folder, *letter, "-n", "3", "--vi") as talk:
+        talk.wait("\n>")
+
+        def cursor(column: str) -> None:
+            talk.wait(lambda _: talk.call("display-message", "-p", "#{cursor_x}").strip() == column)
+
+        talk.type("tell me")
+        cursor("9")
+        talk.press("Escape")
+        cursor("8")
+        talk.type("0cetold")
+        talk.wait("> told me")
+        cursor("6")
+        talk.press("Escape")
+        cursor("5")
+        talk.press("Tab")  # there is nothing to complete
+        talk.press("Enter")
+        talk.wait(ready(2))
+        assert kept()[0]["content"] == "told me"
 
 
 def test_what_is_typed_can_not_reach_the_terminal_as_commands(talk: Tmux, endless_folder: Path) -> None:
@@ -165,7 +210,7 @@ def test_without_prompt_toolkit_a_plain_line_does(
 ) -> None:
     (tmp_path / "prompt_toolkit.py").write_text("raise ImportError")
     path = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
-    with gptcli_in_tmux("chat", "-m", endless_folder, *letter, "-n", "4", environment=path) as talk:
+    with gptcli_in_tmux("chat", "-m", endless_folder, *letter, "-n", "4", "--vi", environment=path) as talk:
         talk.wait("pip install 'gptcli[edit]'")
         talk.wait(ready(1))
         talk.type("one \\")

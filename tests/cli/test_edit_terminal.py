@@ -224,6 +224,27 @@ def test_a_file_is_edited_saved_and_left(serve: Serve, edit: Callable[..., Tmux]
     assert file.read_bytes().decode() == "A king.\r\nThe dog was happy barked.\r\n犬は嬉しい\r\n"
 
 
+def test_with_vis_keys(serve: Serve, edit: Callable[..., Tmux], tmp_path: Path) -> None:
+    serve(after({"Once": " upon a time"}))
+    file = tmp_path / "story.txt"
+    tmux = edit("--vi", file)
+    tmux.type("Once")
+    tmux.wait("Once upon a time\n")
+    tmux.press("Escape")
+    tmux.wait(lambda screen: "1:4 " in screen and "upon" not in screen)
+    tmux.type("0iAt ")
+    tmux.wait("At Once")
+    tmux.press("Escape")
+    tmux.wait("1:3 ")
+    tmux.type("$a")
+    tmux.wait("1:8 ")
+    tmux.press("C-s")
+    tmux.wait("bytes are saved")
+    assert file.read_text() == "At Once\n"
+    tmux.press("C-x")
+    tmux.wait("[ended with 0]")
+
+
 def test_the_window_may_change_its_size(serve: Serve, edit: Callable[..., Tmux], tmp_path: Path) -> None:
     serve(after({"fit": ", 東京 neither"}))
     file = tmp_path / "new.txt"

@@ -19,7 +19,7 @@ from gptcli.errors import LimitError
 from tests.cli.editing import Clock, Hand, play
 
 TAB, ENTER, ESCAPE, UP, DOWN, RIGHT, LEFT = "\t", "\r", "\x1b", "\x1b[A", "\x1b[B", "\x1b[C", "\x1b[D"
-ALT_ENTER, CTRL_SPACE = "\x1b\r", "\x00"
+ALT_ENTER, CTRL_SPACE, CTRL_E, CTRL_F, END = "\x1b\r", "\x00", "\x05", "\x06", "\x1b[F"
 
 
 def on_a_line(scenario: Callable[[Hand], Any], clock: Clock | None = None, **more: Any) -> Any:
@@ -66,7 +66,32 @@ def test_tab_takes_all_and_what_comes_next_is_asked_for() -> None:
     assert on_a_line(scenario) == "Once upon a time"
 
 
-@pytest.mark.parametrize("key", [RIGHT, "\x1b[1;5C", "\x1bf"])
+@pytest.mark.parametrize("key", [END, CTRL_E])
+def test_end_takes_all_and_without_a_ghost_goes_to_the_end(key: str) -> None:
+    async def scenario(hand: Hand) -> None:
+        await hand.type("Once on")
+        await hand.question(1)
+        hand.press("\x01" + key + "e")  # there is no ghost yet
+        await hand.until(lambda: hand.buffer.text == "Once one")
+        await hand.question(2)
+        hand.press(LEFT)
+        await hand.until(lambda: hand.buffer.cursor_position == len("Once on"))
+        await hand.settled()
+        hand.press(TAB)
+        await hand.question(3)
+        await hand.ghost(" more")  # within the line
+        hand.press(key)
+        await hand.until(lambda: hand.buffer.cursor_position == len("Once one"))
+        await hand.question(4)
+        await hand.ghost(" day they")
+        hand.press(key)
+        await hand.until(lambda: hand.buffer.text == "Once one day they")
+        hand.press(ENTER)
+
+    assert on_a_line(scenario) == "Once one day they"
+
+
+@pytest.mark.parametrize("key", [RIGHT, "\x1b[1;5C", "\x1bf", CTRL_F])
 def test_right_takes_a_word_and_the_rest_stays_without_being_asked_for(key: str) -> None:
     async def scenario(hand: Hand) -> None:
         await hand.type("Once")
@@ -83,6 +108,54 @@ def test_right_takes_a_word_and_the_rest_stays_without_being_asked_for(key: str)
         hand.press(ENTER)
 
     assert on_a_line(scenario) == "Once upon a"
+
+
+def test_ctrl_f_moves_where_there_is_no_ghost() -> None:
+    async def scenario(hand: Hand) -> None:
+        await hand.type("ab")
+        hand.press("\x01" + CTRL_F)
+        await hand.until(lambda: hand.buffer.cursor_position == 1)
+        hand.press(ENTER)
+
+    assert on_a_line(scenario) == "ab"
+
+
+def test_with_vis_keys_ghost_text_is_for_what_is_typed() -> None:
+    clock = Clock()
+
+    async def scenario(hand: Hand) -> None:
+        await hand.type("Once")
+        clock.strike()
+        await hand.ghost(" upon a time")
+        hand.press(ESCAPE)  # to the other mode
+        await hand.until(lambda: hand.buffer.cursor_position == 3)
+        await hand.until(lambda: hand.picture[0] == "> Once")
+        hand.press(" x")  # a motion, which fails at the end, and what deletes: no text
+        await hand.until(lambda: hand.buffer.text == "Onc")
+        await hand.settled()
+        assert (clock.pending, hand.shown) == ([], "")
+        hand.press("ae")
+        await hand.until(lambda: hand.shown == " upon a time")
+        hand.press(RIGHT)
+        await hand.until(lambda: hand.buffer.text == "Once upon")
+        hand.press(ESCAPE)
+        await hand.until(lambda: not hand.shown)
+        hand.press("0ceTw" + ESCAPE)
+        await hand.until(lambda: hand.buffer.text == "Tw upon")
+        hand.press("A")
+        await hand.until(lambda: hand.buffer.cursor_position == len("Tw upon"))
+        await hand.settled()
+        clock.strike()
+        assert hand.model.asked[-1].before == "Tw upon"
+        hand.press(CTRL_SPACE)
+        await hand.until(lambda: hand.model.asked[-1].menu)
+        await hand.ghost(" a", " the")
+        hand.press(ESCAPE)  # closes the alternatives, and one still types
+        await hand.until(lambda: not hand.screen.typing.ghost.menu)
+        await hand.type("!")
+        hand.press(ENTER)
+
+    assert on_a_line(scenario, clock, vi=True) == "Tw upon!"
 
 
 def test_typing_what_it_says_shortens_it_and_something_else_asks_anew() -> None:

@@ -22,6 +22,19 @@ def test_what_is_asked_stands_in_the_script(run: Run, tiny_folder: Path, shell: 
     assert run("shell-init", shell, "-m", tiny_folder, "--json").json["script"].startswith("# gptcli at")
 
 
+def test_the_key_says_what_would_warm_the_model(
+    run: Run, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "my model"
+    folder.symlink_to(tiny_folder)
+    monkeypatch.chdir(tmp_path)
+    named = run("shell-init", "fish", "-m", "my model").out.decode()
+    assert f"the model is not warm; gptcli serve -m {tiny_folder} starts it" in named
+    monkeypatch.delenv("GPTCLI_MODEL", raising=False)
+    assert "gptcli: no model is warm; gptcli serve starts one" in run("shell-init", "zsh").out.decode()
+    assert "gptcli serve -m fable starts it" in run("shell-init", "bash", "-m", "fable").out.decode()
+
+
 @pytest.mark.parametrize(
     "options",
     [("sh",), ("bash", "--ghost"), ("zsh", "--key", "F12"), ("zsh", "--key", "ctrl-c"), ("zsh", "--deadline", "soon")],

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -55,7 +56,7 @@ def opened(tiny_folder: Path, tmp_path: Path, gptcli: Gptcli) -> Iterator[Open]:
     """A shell with the widget in it: ``opened("zsh", "--ghost", prompt="> ")``."""
     with ExitStack() as stack:
 
-        def start(name: str, *options: str, **how: str) -> Shell:
+        def start(name: str, *options: str, **how: Any) -> Shell:
             done = gptcli("shell-init", name, "-m", str(tiny_folder), "--deadline", "100s", *options)
             assert done.returncode == 0, done.stderr
             script = tmp_path / f"widget.{name}"
@@ -128,20 +129,135 @@ def test_wide_characters_and_a_wide_prompt(name: str, opened: Open, served: Call
 
 
 @pytest.mark.parametrize("name", SHELLS)
-def test_without_a_server_nothing_happens(name: str, opened: Open, place: Place) -> None:
-    shell = opened(name)
+def test_without_a_server_the_key_says_so_and_the_line_stays(
+    name: str, opened: Open, place: Place, tiny_folder: Path
+) -> None:
+    said = "gptcli: the model is not warm; gptcli serve -m"
+    shell = opened(name, prompt="two lines\n> " if name == "fish" else "> ", width=140)
     shell.type("echo a")
+    shell.until("echo a")
     shell.press(KEY)
+    screen = shell.wait(f"\n{said} {tiny_folder} starts it")
+    assert (screen.index(said) > screen.index("echo a")) or name == "bash"
     shell.type("b")
-    shell.until("echo ab")
+    shell.wait("> echo ab")
     dead = socket.socket(socket.AF_UNIX)  # what a killed process leaves
     dead.bind(str(place.socket))
     dead.close()
+    shell.press("C-l")
+    shell.until("echo ab")
     shell.press(KEY)
+    shell.wait(f"\n{said}")
     shell.type("c")
-    shell.until("echo abc")
+    shell.wait("> echo abc")
     shell.press("Enter")
-    shell.wait("\nabc")
+    shell.wait("\nabc\n")
+
+
+@pytest.mark.parametrize("name", SHELLS)
+def test_a_line_that_wraps_is_drawn_anew_whole(name: str, opened: Open) -> None:
+    text = "echo " + "x" * 150
+    shell = opened(name, width=60, height=20)
+    shell.type(text)
+    shell.wait(lambda _: shell.line().replace("\n", "") == text)
+    shell.press(KEY)
+    shell.wait("gptcli: the model is not warm")
+    shell.type("y")
+    shell.wait(lambda screen: f"> {text}y" in screen.replace("\n", "") and "gptcli: the model" in screen)
+    shell.press("Enter")
+    shell.wait(lambda screen: f"\n{'x' * 150}y\n" in screen.replace("x\nx", "xx"))
+
+
+@needs_zsh
+def test_what_was_said_goes_when_a_model_is_warm(opened: Open, served: Callable[[Answer], StandIn]) -> None:
+    shell = opened("zsh", "--ghost")
+    shell.type("echo a")
+    shell.until("echo a")  # nothing is said while one types
+    shell.press(KEY)
+    shell.wait("gptcli: the model is not warm")
+    served(words(" there"))
+    shell.press(KEY)
+    shell.until("echo a there")
+    shell.press("Right")
+    shell.press("Enter")
+    shell.wait("\na there\n")
+
+
+@needs_zsh
+@pytest.mark.parametrize("key", ["M-f", "C-Right"])
+def test_a_word_is_taken_and_the_rest_stays_a_ghost(
+    key: str, opened: Open, served: Callable[[Answer], StandIn]
+) -> None:
+    texts = [" upon a --time, 東京", " under it", " upon all"]
+    server = served(lambda asked: texts if asked["prefix"] == "echo once" else [])
+    shell = opened("zsh", "--ghost")
+
+    def on_the_line(line: str) -> None:
+        """Wait for what stands there without the ghost, and for the ghost again."""
+        shell.press("Escape")
+        shell.until(line)
+        shell.press(KEY)
+        shell.until("echo once upon a --time, 東京")
+
+    shell.type("echo once")
+    shell.until("echo once upon a --time, 東京")
+    shell.press(key)
+    shell.press(key)
+    on_the_line("echo once upon a")
+    shell.press(KEY)
+    shell.until("echo once upon all")  # of the others, the one that goes on so
+    shell.press(KEY)
+    shell.until("echo once upon a --time, 東京")
+    shell.press(key)
+    on_the_line("echo once upon a --time")
+    assert [asked["prefix"] for asked in server.asked if "once" in asked["prefix"]] == ["echo once"]
+    shell.press(key)
+    shell.press(key)
+    shell.type("!")
+    shell.until("echo once upon a --time, 東京!")
+
+
+@needs_zsh
+def test_a_word_is_taken_in_vis_keymap_too(opened: Open, served: Callable[[Answer], StandIn]) -> None:
+    served(words(" upon a time"))
+    shell = opened("zsh")
+    shell.run("bindkey -v")
+    shell.type("echo once")
+    shell.press(KEY)
+    shell.until("echo once upon a time")
+    shell.press("C-Right")
+    shell.type("!")
+    shell.until("echo once upon!")
+
+
+@needs_zsh
+def test_without_a_ghost_a_words_keys_do_what_they_did(
+    opened: Open, served: Callable[[Answer], StandIn], tmp_path: Path
+) -> None:
+    served(words(" there"))
+    shell = opened("zsh")
+    shell.type("echo a b")
+    shell.press("C-a")
+    shell.press("M-f")
+    shell.type("X")
+    shell.until("echo Xa b")
+    shell.press("C-u")
+    # As zsh-autosuggestions has it, a widget in the place of forward-word; and a key of the person's own.
+    shell.run("theirs() { zle .forward-word; LBUFFER+=T }; zle -N forward-word theirs")
+    shell.run("own() { LBUFFER+=O }; zle -N own; bindkey '^[[1;5C' own; bindkey -M viins '^[[1;5C' own")
+    shell.run(f"source {tmp_path}/widget.zsh")
+    shell.type("a b")
+    shell.press("C-a")
+    shell.press("M-f")
+    shell.until("a Tb")
+    shell.press("C-Right")
+    shell.until("a TOb")
+    shell.press("C-u")
+    shell.press("C-k")
+    shell.run("gptcli-unload")
+    shell.type("bindkey '^[f'; bindkey '^[[1;5C'; bindkey -M viins '^[[1;5C'")
+    shell.press("Enter")
+    shell.wait('"^[f" forward-word\n"^[[1;5C" own\n"^[[1;5C" own\n')
 
 
 @needs_zsh

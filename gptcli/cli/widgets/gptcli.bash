@@ -1,7 +1,8 @@
 # gptcli at bash's command line: completions of the line by a warm model.
 #
 # @KEY@ inserts the likeliest at the cursor; pressed again it goes on to the next one, and at last back to what was there,
-# as undo (Ctrl-_) does at once. It only ever writes on the line. gptcli-unload takes all of it away.
+# as undo (Ctrl-_) does at once. Where no model is warm, it says so above the line. It only ever writes on the line.
+# gptcli-unload takes all of it away.
 
 declare -F gptcli-unload >/dev/null && gptcli-unload
 
@@ -11,6 +12,7 @@ _gptcli_num=@NUM@ _gptcli_until=@UNTIL@ _gptcli_min_prob=@MIN_PROB@
 _gptcli_seconds=@SECONDS@    # that the search may take
 _gptcli_limit=@LIMIT@        # seconds after which nobody waits for the answer any more
 _gptcli_command=(@COMMAND@)  # asks where there is no curl
+_gptcli_cold=@COLD@          # what the key says where no model is warm
 
 _gptcli_texts=()  # the answer, behind an empty text
 _gptcli_at=0      # which of them stands on the line
@@ -42,8 +44,15 @@ _gptcli_press() {
 _gptcli_ask() {
   local line
   _gptcli_texts=("")
-  if [[ ! -S $_gptcli_socket ]]; then return 0; fi
+  if [[ ! -S $_gptcli_socket ]]; then
+    printf '%s\n' "$_gptcli_cold" >&2
+    return 0
+  fi
   while IFS= read -r -t "$_gptcli_limit" line; do
+    if [[ $line == '!' ]]; then
+      printf '%s\n' "$_gptcli_cold" >&2
+      return 0
+    fi
     line=${line#*$'\t'}
     line=${line//[[:cntrl:]]/}
     if [[ -n $line ]]; then _gptcli_texts+=("$line"); fi
@@ -62,6 +71,7 @@ _gptcli_answer() {
       command curl -qsf -m "$_gptcli_limit" --unix-socket "$_gptcli_socket" -K - \
         -d num="$_gptcli_num" -d until="$_gptcli_until" -d min_prob="$_gptcli_min_prob" \
         -d deadline_seconds="$_gptcli_seconds" http://localhost/gptcli/complete
+    if (($? == 7)); then echo '!'; fi # a socket without its process
   else
     printf %s "$left" | GPTCLI_SUFFIX=$right "${_gptcli_command[@]}" --num "$_gptcli_num" --until "$_gptcli_until" \
       --min-prob "$_gptcli_min_prob" --deadline "$_gptcli_seconds" -

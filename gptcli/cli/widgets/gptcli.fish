@@ -1,8 +1,8 @@
 # gptcli at fish's command line: completions of the line by a warm model.
 #
 # @KEY@ inserts the likeliest at the cursor; pressed again it goes on to the next one, and at last back to what was there.
-# It only ever writes on the line. gptcli-unload takes all of it away. There is no ghost text: what fish shows behind the line
-# is its own, and it tells nobody that a key was typed.
+# Where no model is warm, it says so above the line. It only ever writes on the line. gptcli-unload takes all of it away.
+# There is no ghost text: what fish shows behind the line is its own, and it tells nobody that a key was typed.
 
 functions -q gptcli-unload; and gptcli-unload
 
@@ -13,6 +13,7 @@ set -g _gptcli_min_prob @MIN_PROB@
 set -g _gptcli_seconds @SECONDS@ # that the search may take
 set -g _gptcli_limit @LIMIT@ # seconds after which nobody waits for the answer any more
 set -g _gptcli_command @COMMAND@ # asks where there is no curl
+set -g _gptcli_cold @COLD@ # what the key says where no model is warm
 
 set -g _gptcli_texts # the answer
 set -g _gptcli_at 0 # which of its texts stands on the line; 0: none
@@ -33,6 +34,7 @@ function _gptcli_press
         set _gptcli_right "$right"
         set _gptcli_at 0
         set _gptcli_texts (_gptcli_ask "$left" "$right")
+        test $status -eq 7; and _gptcli_say "$left"
         set -q _gptcli_texts[1]; or return 0
         set _gptcli_at 1
     end
@@ -42,10 +44,26 @@ function _gptcli_press
     commandline -C (string length -- "$_gptcli_left$shown")
 end
 
-function _gptcli_ask # LEFT RIGHT
-    test -S $_gptcli_socket; or return 0
+# Say that no model is warm, below what stands on the line, which is then drawn anew below that.
+function _gptcli_say # LEFT
+    printf '\n\e[J%s\n' $_gptcli_cold
+    # fish draws as many rows above as there are before the cursor's: those of the prompt, and those of the text.
+    set -l prompt (fish_prompt)
+    set -l rows (math (count $prompt) - 1)
+    set -l before (string length --visible -- "$prompt[-1]" 2>/dev/null)
+    for line in (string split \n -- "$argv")
+        set -l wide (string length --visible -- "$line" 2>/dev/null)
+        set rows (math "$rows + floor((0$before + 0$wide) / $COLUMNS) + 1")
+    end
+    test $rows -gt 1; and string repeat -N -n (math $rows - 1) \n
+    commandline -f repaint
+end
+
+function _gptcli_ask # LEFT RIGHT; 7: nobody is there
+    test -S $_gptcli_socket; or return 7
     _gptcli_answer $argv 2>/dev/null | string replace -r '^[^\t]*\t' '' |
         string replace -ar '[[:cntrl:]]' '' | string match -r '.+'
+    return $pipestatus[1] # curl's, which has 7 for a socket without its process
 end
 
 # Typed text is nobody else's business: it goes through pipes, never through arguments.

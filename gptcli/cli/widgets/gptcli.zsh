@@ -1,9 +1,9 @@
 # gptcli at zsh's command line: completions of the line by a warm model, as ghost text behind it.
 #
-# @KEY@ asks at the cursor, and once more for the next one; Right or End takes it, any other key hides it. Where no ghost
-# can be shown (text behind the cursor, or a suggestion of zsh-autosuggestions) the completion is inserted, and the key
-# goes on to the next one, and at last back to what was there. It only ever writes on the line.
-# gptcli-unload takes all of it away.
+# @KEY@ asks at the cursor, and once more for the next one; Right or End takes it, Alt-F or Ctrl-Right a word of it, any
+# other key hides it. Where no model is warm, it says so below the line. Where no ghost can be shown (text behind the
+# cursor, or a suggestion of zsh-autosuggestions) the completion is inserted, and the key goes on to the next one, and at
+# last back to what was there. It only ever writes on the line. gptcli-unload takes all of it away.
 
 (( $+functions[gptcli-unload] )) && gptcli-unload
 zmodload zsh/system zsh/zselect zsh/zleparameter 2>/dev/null
@@ -16,6 +16,7 @@ typeset -g _gptcli_num=@NUM@ _gptcli_until=@UNTIL@ _gptcli_min_prob=@MIN_PROB@
 typeset -g _gptcli_seconds=@SECONDS@    # that the search may take
 typeset -g _gptcli_limit=@LIMIT@        # seconds after which nobody waits for the answer any more
 typeset -ga _gptcli_command=(@COMMAND@) # asks where there is no curl
+typeset -g _gptcli_cold=@COLD@          # what the key says where no model is warm
 typeset -g _gptcli_pause=12             # hundredths of a second without a key, before it asks while typing
 
 typeset -ga _gptcli_texts=()  # the answer
@@ -28,6 +29,7 @@ typeset -g _gptcli_asked=     # the line and the cursor that are asked about
 typeset -g _gptcli_seen=      # the line and the cursor when they were last drawn
 typeset -g _gptcli_inserted=  # what was inserted at the cursor
 typeset -g _gptcli_by_key=0   # whether it was the key that asked
+typeset -g _gptcli_said=0     # whether it is said below the line that no model is warm
 typeset -g _gptcli_fd= _gptcli_pid=
 typeset -gA _gptcli_before=() # what keys did before, by keymap and key
 typeset -ga _gptcli_bound=()  # keymaps and keys, as bindkey takes them
@@ -36,7 +38,10 @@ typeset -ga _gptcli_bound=()  # keymaps and keys, as bindkey takes them
 _gptcli_ask() {
   emulate -L zsh
   _gptcli_hang_up
-  [[ -S $_gptcli_socket ]] || return 0
+  if [[ ! -S $_gptcli_socket ]]; then
+    _gptcli_say
+    return 0
+  fi
   _gptcli_asked="$CURSOR $BUFFER"
   local left="${LBUFFER[-4000,-1]}" right="${${RBUFFER%%$'\n'*}[1,400]}"
   # Typed text is nobody else's business: it goes through pipes, never through arguments.
@@ -50,6 +55,7 @@ data-urlencode = \"suffix=$right\"" |
         command curl -qsf -m $_gptcli_limit --unix-socket "$_gptcli_socket" -K - \
           -d num=$_gptcli_num -d until=$_gptcli_until -d min_prob=$_gptcli_min_prob \
           -d deadline_seconds=$_gptcli_seconds http://localhost/gptcli/complete 2>/dev/null)
+      (( $? == 7 )) && answer='!' # a socket without its process
     else
       answer=$(print -rn -- "$left" |
         GPTCLI_SUFFIX=$right "${_gptcli_command[@]}" --num $_gptcli_num --until $_gptcli_until \
@@ -70,6 +76,13 @@ _gptcli_hang_up() {
   _gptcli_fd= _gptcli_pid= _gptcli_asked=
 }
 
+# Nobody is there: whoever pressed the key should know.
+_gptcli_say() {
+  (( _gptcli_by_key )) || return 0
+  zle -M "$_gptcli_cold"
+  _gptcli_said=1
+}
+
 # What was asked for is there, or nobody will answer.
 _gptcli_answer() {
   emulate -L zsh
@@ -80,6 +93,11 @@ _gptcli_answer() {
   [[ $asked == "$CURSOR $BUFFER" ]] || return 0
   local line
   _gptcli_texts=()
+  if [[ $answer == '!' ]]; then
+    _gptcli_say
+    zle -R
+    return 0
+  fi
   for line in ${(f)answer}; do
     line="${${line#*$'\t'}//[[:cntrl:]]/}"
     [[ -n $line ]] && _gptcli_texts+=("$line")
@@ -140,6 +158,8 @@ _gptcli_press() {
   emulate -L zsh
   if [[ -z $_gptcli_mode || $_gptcli_for != "$CURSOR $BUFFER" ]]; then
     _gptcli_by_key=1
+    (( _gptcli_said )) && zle -Rc
+    _gptcli_said=0
     _gptcli_ask 0
   elif [[ $_gptcli_mode == line ]]; then
     (( _gptcli_at = (_gptcli_at + 1) % ($#_gptcli_texts + 1) )) # 0: nothing is inserted
@@ -162,6 +182,40 @@ _gptcli_take() {
     local place="${WIDGET##*-} $KEYS"
     zle "${_gptcli_before[$place]:-.forward-char}" -- "$@"
   fi
+}
+
+# A key that moves a word to the right: it takes a word of the ghost, where there is one, and the marks before it.
+_gptcli_word() {
+  if _gptcli_is_shown; then
+    _gptcli_take_word
+  else
+    local place="${WIDGET##*-} $KEYS"
+    zle "${_gptcli_before[$place]:-.forward-word}" -- "$@"
+  fi
+}
+
+_gptcli_take_word() {
+  emulate -L zsh
+  setopt extendedglob
+  local word="${(M)_gptcli_ghost##[[:space:]]#[^[:alnum:]_[:space:]]#[[:alnum:]_]#}"
+  local rest="${_gptcli_ghost#$word}"
+  if [[ -z $rest ]]; then
+    _gptcli_hide
+    LBUFFER+=$word
+    _gptcli_forget
+    return
+  fi
+  # The key goes on to those of the others that begin so, too.
+  local text
+  local -a texts=("$rest")
+  for text in "${(@)_gptcli_texts[_gptcli_at + 1,-1]}" "${(@)_gptcli_texts[1,_gptcli_at - 1]}"; do
+    [[ $text == "$word"?* ]] && texts+=("${text#$word}")
+  done
+  _gptcli_hide
+  LBUFFER+=$word
+  _gptcli_texts=("${(@)texts}") _gptcli_at=1
+  _gptcli_for="$CURSOR $BUFFER" _gptcli_seen=$_gptcli_for
+  _gptcli_show
 }
 
 # Esc: hides the ghost; where there is none, it does what it did.
@@ -205,7 +259,7 @@ _gptcli_reset() {
   _gptcli_hide
   _gptcli_hang_up
   _gptcli_forget
-  _gptcli_seen="$CURSOR $BUFFER"
+  _gptcli_seen="$CURSOR $BUFFER" _gptcli_said=0
   return 0
 }
 
@@ -248,12 +302,15 @@ gptcli-unload() {
   for map in emacs viins; do
     zle -N _gptcli-press-$map _gptcli_press
     zle -N _gptcli-take-$map _gptcli_take
+    zle -N _gptcli-word-$map _gptcli_word
     zle -N _gptcli-escape-$map _gptcli_escape
     _gptcli_bind $map "$_gptcli_key" _gptcli-press
     for key in '^[[C' '^[OC' '^[[F' '^[OF' '^[[4~' '^F' '^E'; do
       [[ $map == viins && $key == '^'[FE] ]] || _gptcli_bind $map $key _gptcli-take
     done
+    _gptcli_bind $map '^[[1;5C' _gptcli-word
   done
+  _gptcli_bind emacs '^[f' _gptcli-word
   _gptcli_bind emacs '^[' _gptcli-escape
   add-zle-hook-widget line-pre-redraw _gptcli-redraw
   add-zle-hook-widget line-init _gptcli-reset
