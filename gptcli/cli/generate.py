@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gptcli.cli import options, placing, ranks
-from gptcli.cli.input import ERRORS, Source, one_text, sources
+from gptcli.cli.input import ERRORS, Source, note_line_end, one_text, sources
 from gptcli.cli.out import Output
 from gptcli.cli.warm import Runner, Warm, open_runner
 from gptcli.errors import CorruptError, UsageError
@@ -108,6 +108,8 @@ def generate(
     if batch is None:
         found = sources([] if text is None else [text], file or [], no_stdin=no_stdin, strip=strip, note=out.note)
         prompts = [_Prompt(one_text(found, errors))]
+        if text is None and not file:
+            note_line_end(prompts[0].text, out)
         if text == "" and not prompts[0].text:  # of a variable that is not set, or of an edit that was left
             out.note("the text is empty: the model begins by itself")
     elif text is not None or file:

@@ -9,9 +9,13 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gptcli.cli.options import choice
 from gptcli.errors import CorruptError, NotFoundError, UsageError
+
+if TYPE_CHECKING:
+    from gptcli.cli.out import Output
 
 ERRORS = ("strict", "replace", "skip")
 _READ = 1 << 20
@@ -125,6 +129,12 @@ def one_text(found: Sequence[Source], errors: str) -> str:
     """All documents joined into one text, nothing added between them."""
     choice("--errors", errors, ERRORS)
     return "".join(source.text(errors) for source in found)
+
+
+def note_line_end(text: str, out: Output) -> None:
+    """Tell a person whose piped text is one line, as of ``echo``, that its end is a part of what is gone on with."""
+    if out.talks_to_terminal and text.endswith("\n") and text.count("\n") == 1 and text.strip():
+        out.note("the end of the line counts as text; --strip leaves it out")
 
 
 def stdin_has_data() -> bool:

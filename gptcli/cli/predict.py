@@ -12,7 +12,7 @@ import typer
 
 from gptcli.cli import options, predict_bars, ranks
 from gptcli.cli.distribution import as_json
-from gptcli.cli.input import ERRORS, Source, one_text, sources
+from gptcli.cli.input import ERRORS, Source, note_line_end, one_text, sources
 from gptcli.cli.out import Output
 from gptcli.cli.tokens import quoted
 from gptcli.cli.warm import Runner, Warm, open_runner
@@ -84,6 +84,8 @@ def predict(
     first = next(texts, None)  # what can't be read is told before a model is loaded
     if first is None:
         return
+    if text is None and not file and not lines:
+        note_line_end(first, out)
 
     how: dict[str, Any] = {"device": device, "dtype": dtype, "quantize": quantize, "threads": threads}
     runner = open_runner(model, out, warm=warm, line=line, offload=offload, **how)

@@ -277,6 +277,7 @@ def test_an_empty_text_starts_from_the_start_token(generate: Run) -> None:
     assert value["usage"]["prompt_tokens"] == 1
     parsed = generate("<|endoftext|>", "--special", "parse", "-n", "5", "--seed", "1", "--json")
     assert value["tokens"] == continued(parsed)["tokens"]
+    assert b"note: the text is empty" in generate("", "-n", "1").err  # which is what a variable that is not set gives
 
 
 def test_special_tokens_in_a_text_are_text(generate: Run) -> None:

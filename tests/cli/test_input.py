@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import socket
 import sys
@@ -9,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from gptcli.cli.input import Source, one_text, sources, stdin_has_data
+from gptcli.cli.input import Source, note_line_end, one_text, sources, stdin_has_data
+from gptcli.cli.out import Output
 from gptcli.errors import CorruptError, NotFoundError, UsageError
 
 TEXT = "aé東🙂z\n"
@@ -155,6 +157,19 @@ def test_who_waits_for_a_pipe_that_nobody_may_have_meant_says_so(monkeypatch: py
     assert said == ["waiting for standard input; --no-stdin does without"]
     for arguments in ([], ["-"]):  # what was asked for is waited for without a word
         assert sources(arguments, note=told)[0].note is None
+
+
+@pytest.mark.parametrize(
+    ("text", "told"), [("Once upon a\n", True), ("Once", False), ("two\nlines\n", False), ("\n", False), ("", False)]
+)
+def test_a_person_is_told_that_the_end_of_a_line_counts(text: str, told: bool) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    for stderr, seen in ((Terminal(), told), (io.StringIO(), False)):
+        note_line_end(text, Output(io.StringIO(), stderr))
+        assert ("--strip" in stderr.getvalue()) == seen
 
 
 def test_nothing_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
