@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import partial
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
     from gptcli.serve.place import Place
 
+# Seconds that a process may take to leave: answers that are being given end first.
+_STOPPING = 5.0
 _LOOPBACK = {"127.0.0.1": "127.0.0.1", "localhost": "127.0.0.1", "::1": "::1", "[::1]": "::1", "": "127.0.0.1"}
 
 
@@ -283,11 +286,22 @@ def _time(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
 
 
+def _inode(place: Place) -> int | None:
+    """Which socket is at a place; None for none."""
+    with suppress(OSError):
+        return place.socket.stat().st_ino
+    return None
+
+
 def _stop(out: Output, asked: list[Place]) -> None:
     from gptcli.serve.client import Client
 
     for place in asked:
+        served = _inode(place)
         told = Client(place, timeout=5).post("/gptcli/stop", {})
+        deadline = time.monotonic() + _STOPPING
+        while _inode(place) == served and time.monotonic() < deadline:  # who starts another finds the place free
+            time.sleep(0.01)
         if out.json:
             out.record({**told, "socket": str(place.socket)})
         else:

@@ -218,6 +218,8 @@ def test_in_the_background_it_has_no_terminal_and_stays(gptcli: Gptcli, folder: 
     again = gptcli("serve", "--background")
     assert (again.returncode, b"is served already" in again.stderr) == (2, True)
     assert gptcli("serve", "--stop").returncode == 0
+    assert not place_of(folder).socket.exists()  # so another can start at once
+    assert gptcli("serve", "--background").returncode == 0
 
 
 def test_in_the_background_it_says_why_it_could_not_start(gptcli: Gptcli, folder: Path) -> None:
