@@ -73,10 +73,11 @@ class _ReaderGoneError(Exception):
 
 
 class LeafCommand(TyperCommand):
-    """One command: its own options, the options of every command, and ``GPTCLI_<OPTION>`` for each."""
+    """One command: its own options, the options of every command, and ``GPTCLI_<OPTION>`` for each setting."""
 
     def __init__(self, name: str | None, **settings: Any) -> None:
         super().__init__(name, **settings)
+        self._passed_over: list[str] = []  # variables that are for other commands
         own = {param.name for param in self.params}
         self._fetching = _fetching_params(own)
         for place, beside in enumerate(self.params):
@@ -88,16 +89,28 @@ class LeafCommand(TyperCommand):
                 break
         self._common = [param for param in _common_params() if param.name not in own]
         self.params += self._common
+        from gptcli.cli.settings import is_setting, variable_of
+
         params: list[Any] = self.params  # they have attributes that their declared type lacks
         for param in params:
             take_plainly(param)
-            if param.param_type_name == "option" and not param.envvar:
-                param.envvar = "GPTCLI_" + _long_name(param.opts).upper().replace("-", "_")
+            if param.param_type_name == "option" and is_setting(param):
+                param.envvar = variable_of(param)
                 param.show_envvar = False
                 if param.multiple:
                     param.split_envvar_value = lambda value: [value]  # one value, spaces and all
             elif param.param_type_name == "argument":
                 param.display_type = lambda ctx: ""  # "list[str]" tells nobody anything
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        from gptcli.cli.settings import is_for_another
+
+        params: list[Any] = self.params
+        for param in params:
+            if (value := os.environ.get(param.envvar or "")) and is_for_another(self, param, value):
+                self._passed_over.append(param.envvar)
+                param.envvar = None
+        return super().parse_args(ctx, args)
 
     def get_help_option(self, ctx: Any) -> Any:
         return _without_pydantic(super().get_help_option(ctx))
@@ -133,7 +146,10 @@ class LeafCommand(TyperCommand):
         common = {param.name: ctx.params.pop(param.name) for param in self._common}
         if "format" not in common:  # the command has formats of its own, and checks them itself
             common.update(format=ctx.params["format"], formats=None)
-        ctx.find_object(Output).configure(**common)
+        out = ctx.find_object(Output)
+        out.configure(**common)
+        for variable in self._passed_over:
+            out.detail(f"{variable} is for another command")
         try:
             if self._fetching:
                 _pull(ctx, [param.name for param in self._fetching])
@@ -249,10 +265,6 @@ def _params_of(function: Any) -> list[Any]:
     return list(typer.main.get_command(app).params)
 
 
-def _long_name(names: Sequence[str]) -> str:
-    return max(names, key=len).lstrip("-")
-
-
 def make_app(*, completion: bool) -> typer.Typer:
     """The program; with ``completion`` Typer's two options for it, whose types are slow to import, are there."""
     app = typer.Typer(name="gptcli", cls=LazyGroup, no_args_is_help=True, **{**_SETTINGS, "add_completion": completion})
@@ -294,7 +306,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = Output.standard(json=_wants(args, "--format", "json") or "--json" in _ours(args))
     out.color = next((choice for choice in ("never", "always") if _wants(args, "--color", choice)), "auto")
     try:
-        from gptcli.cli.options import read_settings
+        from gptcli.cli.settings import read_settings
 
         command = typer.main.get_command(make_app(completion=completion))
         settings: dict[str, Any] = {"obj": out, "default_map": read_settings(args)}

@@ -96,7 +96,7 @@ def generate(
     if logprobs is not None and not (0 <= logprobs <= 100 and out.json):
         raise UsageError(f"--logprobs {logprobs} needs --json and a number up to 100", "add --json")
     options.check_seed(seed)
-    if placing.asked(plan, gpus):
+    if placing.asked(ctx, plan):
         held: dict[str, Any] = {"dtype": dtype, "quantize": quantize, "tp": tp, "offload": offload}
         placing.show_placing(out, model or DEFAULT_MODEL, gpus, sequences=min(num_samples, _ROWS_AT_ONCE), **held)
         return

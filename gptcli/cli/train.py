@@ -28,9 +28,14 @@ def train(
     ] = None,
     out: Annotated[Path | None, run_option("--out", "-o", metavar="DIR", help="The model folder to write.")] = None,
     resume: Annotated[bool, run_option("--resume", help="Go on from the last checkpoint in DIR.")] = False,
-    force: Annotated[bool, run_option("--force", help="Replace what is in DIR.")] = False,
+    force: Annotated[
+        bool, options.typed_option("--force", help="Replace what is in DIR.", rich_help_panel="Run")
+    ] = False,
     plan: Annotated[
-        bool, run_option("--plan", help="Only say what each rank would hold, and whether it fits.")
+        bool,
+        options.typed_option(
+            "--plan", help="Only say what each rank would hold, and whether it fits.", rich_help_panel="Run"
+        ),
     ] = False,
     gpus: Annotated[
         str | None,
@@ -159,7 +164,7 @@ def train(
         check(asked)
         show_paper_plan(said, asked)
         return
-    if gpus:
+    if strength["gpus"] >= options.TYPED:
         raise UsageError("--gpus goes with --plan", "say --plan too, or leave --gpus out")
     if out is None:
         raise UsageError("there is no folder to write to", "name one with --out DIR")
