@@ -58,6 +58,7 @@ COMMANDS: dict[str, Entry] = {
 }
 
 _SETTINGS: dict[str, Any] = {"rich_markup_mode": None, "pretty_exceptions_enable": False, "add_completion": False}
+_COMPLETING = "_GPTCLI_COMPLETE"  # the variable by which a shell asks for completions
 _HELP = "help"  # is no command, but is understood as one
 _NAMES = {"help_option_names": ["-h", "--help"]}
 # Each line as it stands (that is what \b says), so that a command is never broken over two.
@@ -89,11 +90,14 @@ class LeafCommand(TyperCommand):
                 break
         self._common = [param for param in _common_params() if param.name not in own]
         self.params += self._common
+        from gptcli.cli.options import complete_value
         from gptcli.cli.settings import is_setting, variable_of
 
         params: list[Any] = self.params  # they have attributes that their declared type lacks
         for param in params:
             take_plainly(param)
+            if _COMPLETING in os.environ:
+                complete_value(param)
             if param.param_type_name == "option" and is_setting(param):
                 param.envvar = variable_of(param)
                 param.show_envvar = False
@@ -302,7 +306,7 @@ def _show_version(wanted: bool) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line (without the program's name); returns the exit code and raises nothing."""
     args = _asking_for_help(list(sys.argv[1:] if argv is None else argv))
-    completion = any("-completion" in arg for arg in args[:1]) or "_GPTCLI_COMPLETE" in os.environ
+    completion = any("-completion" in arg for arg in args[:1]) or _COMPLETING in os.environ
     out = Output.standard(json=_wants(args, "--format", "json") or "--json" in _ours(args))
     out.color = next((choice for choice in ("never", "always") if _wants(args, "--color", choice)), "auto")
     try:

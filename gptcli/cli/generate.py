@@ -27,6 +27,11 @@ if TYPE_CHECKING:
 _ROWS_AT_ONCE = 16
 
 
+def _drafts(incomplete: str) -> list[str]:
+    """What a draft model's name that is being typed may become."""
+    return [*options.model_names(incomplete), *options.one_of("none")(incomplete)]
+
+
 def generate(
     ctx: typer.Context,
     text: Annotated[str | None, typer.Argument(metavar="TEXT", help="The text to continue; - for stdin.")] = None,
@@ -69,7 +74,12 @@ def generate(
     quantize: options.Quantize = "none",
     draft_model: Annotated[
         str | None,
-        typer.Option("--draft-model", metavar="MODEL", help="A smaller model that guesses ahead; none: no guessing."),
+        typer.Option(
+            "--draft-model",
+            metavar="MODEL",
+            help="A smaller model that guesses ahead; none: no guessing.",
+            autocompletion=_drafts,
+        ),
     ] = None,
     compile: options.Compile = False,
     threads: options.Threads = None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +14,31 @@ from gptcli.errors import UsageError
 # An option that takes no value from the settings: one that ends, replaces or removes something, or has its command do
 # something else than what it is for.
 typed_option = partial(typer.Option, allow_from_autoenv=False)
+
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+QUANTIZE = ("none", "int8", "int4")
+
+
+def one_of(*words: str) -> Callable[[str], list[str]]:
+    """What a value that is being typed may become, where it is one of some words."""
+
+    def begun(incomplete: str) -> list[str]:
+        return [word for word in words if word.startswith(incomplete)]
+
+    return begun
+
+
+def complete_value(param: Any) -> None:
+    """Let a value complete in the shell as its metavar says: one of ``a|b|c``, or a MODEL. Files are the shell's."""
+    from gptcli.cli.values import choices_of
+
+    if getattr(param, "_custom_shell_complete", None) is not None:
+        return
+    names = one_of(*choices_of(param)) if choices_of(param) else model_names if param.metavar == "MODEL" else None
+    if names is not None:
+        param._custom_shell_complete = lambda ctx, param, incomplete: names(incomplete)
 
 
 def model_names(incomplete: str) -> list[str]:
@@ -65,8 +90,16 @@ Errors = Annotated[
 Special = Annotated[
     str, typer.Option("--special", metavar="text|parse", help="Whether <|endoftext|> in a text is text or the token.")
 ]
-Device = Annotated[str, typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda, cuda:N or mps.")]
-Dtype = Annotated[str, typer.Option("--dtype", metavar="DTYPE", help="auto, float32, bfloat16 or float16.")]
+Device = Annotated[
+    str,
+    typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda, cuda:N or mps.", autocompletion=one_of(*DEVICES)),
+]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        "--dtype", metavar="DTYPE", help="auto, float32, bfloat16 or float16.", autocompletion=one_of(*DTYPES)
+    ),
+]
 Quantize = Annotated[
     str,
     typer.Option("--quantize", metavar="none|int8|int4", help="Keep the matrices in fewer bits: faster, less exact."),
@@ -93,9 +126,6 @@ LogitBias = Annotated[
 Stop = Annotated[list[str] | None, typer.Option("--stop", metavar="TEXT", help="End before this string; repeatable.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Never use the network.")]
 Pull = Annotated[bool, typer.Option("--pull", help="Get the model from the Hub if it is not here.")]
-
-
-QUANTIZE = ("none", "int8", "int4")
 
 
 def common(
