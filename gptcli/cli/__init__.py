@@ -188,7 +188,7 @@ class LazyGroup(TyperGroup):
         elif args and args[0] not in self.entries and not args[0].startswith("-"):
             from gptcli.cli.wrong_use import nearest
 
-            raise UsageError(f"there is no command {args[0]!r}", nearest(args[0], self.entries, ctx.command_path))
+            raise UsageError(f"there is no command {args[0]!r}", nearest(args, self.entries, ctx.command_path))
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:

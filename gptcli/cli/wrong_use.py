@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 # What a mistyped option looks like; anything else that begins with "-" may be a text.
 _LIKE_AN_OPTION = re.compile(r"--?[A-Za-z][\w-]*(=.*)?", re.DOTALL)
 _TEXTS = ("TEXT", "PREFIX")  # the metavars of arguments that are one
 _LONGEST = 300  # characters of a command that is written out
+_FEWEST_WORDS = 3  # in the place of a command: fewer are rather a slip than a text
 
 
 def hint(error: Any, args: Sequence[str]) -> str:
@@ -33,14 +35,20 @@ def hint(error: Any, args: Sequence[str]) -> str:
     return better or f"{path} --help lists the options"
 
 
-def nearest(name: str, known: Mapping[str, Any], path: str) -> str:
-    """What may have been meant by the name of a command that is not there."""
+def nearest(typed: Sequence[str], known: Mapping[str, Any], path: str) -> str:
+    """What may have been meant by a command that is not there, the first of the words that were typed."""
     from difflib import get_close_matches
 
-    near = get_close_matches(name, list(known), n=1)
-    if not near and any(map(str.isspace, name)) and "generate" in known:  # no name, but a text
-        return f"{path} generate {shlex.quote(name)} continues it"
-    return f"did you mean {near[0]}?" if near else f"{path} --help lists them"
+    if near := get_close_matches(typed[0], list(known), n=1):
+        return f"did you mean {near[0]}?"
+    words = list(takewhile(lambda word: not word.startswith("-"), typed))
+    if any(map(str.isspace, typed[0])):  # no name, but a text
+        words = words[:1]
+    elif len(words) < _FEWEST_WORDS:
+        words = []
+    if not words or "generate" not in known:
+        return f"{path} --help lists them"
+    return f"{path} generate {shlex.quote(_short(' '.join(words)))} continues it"
 
 
 def _behind(context: Any, typed: Sequence[str], option: str) -> str | None:
@@ -70,7 +78,7 @@ def _as_text(command: Any, path: str, typed: Sequence[str], *, begins: bool) -> 
         texts = [" ".join(texts)]
     written = [*options, "--", *texts] if dashed else [*texts, *options]
     if sum(map(len, written)) > _LONGEST:
-        written = [word if len(word) < _LONGEST // 4 else f"{word[: _LONGEST // 4]}..." for word in written]
+        written = [_short(word) for word in written]
     why = "a text that begins with - goes behind --" if begins else "put the text in quotes"
     return f"{why}: {path} {shlex.join(written)}" if sum(map(len, written)) <= 2 * _LONGEST else why
 
@@ -114,3 +122,7 @@ def _value_follows(word: str, takes: Mapping[str, bool]) -> bool | None:
         if takes[short]:
             return place == len(word)
     return False
+
+
+def _short(word: str) -> str:
+    return word if len(word) < _LONGEST // 4 else f"{word[: _LONGEST // 4]}..."

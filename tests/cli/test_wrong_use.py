@@ -87,6 +87,20 @@ def test_options_in_front_of_the_command(run: Run, line: str, told: str) -> None
     assert hint(run, line) == told
 
 
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("Once upon a time -n 5", "gptcli generate 'Once upon a time' continues it"),
+        ("'Once upon' x", "gptcli generate 'Once upon' continues it"),
+        ("Once upon", "gptcli --help lists them"),
+        ("genrate upon a time", "did you mean generate?"),
+        ("models Once upon a time", "gptcli models --help lists them"),
+    ],
+)
+def test_a_text_in_the_place_of_a_command(run: Run, line: str, told: str) -> None:
+    assert hint(run, line) == told
+
+
 def test_a_long_text_is_not_all_written_out(run: Run) -> None:
     told = hint(run, f"generate {'word ' * 1000}")
     assert told.startswith("put the text in quotes: gptcli generate 'word word ")
