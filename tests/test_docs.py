@@ -326,7 +326,7 @@ def test_the_examples_are_executed(
 
 
 def test_readme_has_the_help(gptcli: Gptcli) -> None:
-    """The list of commands in the README is the program's."""
+    """The list of commands in the README, and what stands below it, are the program's."""
     shown = gptcli("--help").stdout.decode()
-    commands = shown.split("Commands:\n")[1].split("\n\n")[0]
-    assert commands in README
+    listed = shown.split("Commands:\n")[1].rstrip()
+    assert f"```text\n{listed}\n```" in README

@@ -6,7 +6,7 @@ import importlib
 import os
 import sys
 from collections.abc import Mapping, Sequence, Set
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import Any, NamedTuple
 
 import typer
@@ -58,7 +58,14 @@ COMMANDS: dict[str, Entry] = {
 }
 
 _SETTINGS: dict[str, Any] = {"rich_markup_mode": None, "pretty_exceptions_enable": False, "add_completion": False}
+_COMPLETING = "_GPTCLI_COMPLETE"  # the variable by which a shell asks for completions
+_HELP = "help"  # is no command, but is understood as one
 _NAMES = {"help_option_names": ["-h", "--help"]}
+# Each line as it stands (that is what \b says), so that a command is never broken over two.
+_EPILOG = """\b
+Completion in your shell: gptcli --install-completion
+Options can also be set by GPTCLI_MODEL=... and the like, or in config.toml.
+"""
 _WIDEST_NAME = 30  # of an option in help; beyond it, what it does stands below
 
 
@@ -67,10 +74,11 @@ class _ReaderGoneError(Exception):
 
 
 class LeafCommand(TyperCommand):
-    """One command: its own options, the options of every command, and ``GPTCLI_<OPTION>`` for each."""
+    """One command: its own options, the options of every command, and ``GPTCLI_<OPTION>`` for each setting."""
 
     def __init__(self, name: str | None, **settings: Any) -> None:
         super().__init__(name, **settings)
+        self._passed_over: list[str] = []  # variables that are for other commands
         own = {param.name for param in self.params}
         self._fetching = _fetching_params(own)
         for place, beside in enumerate(self.params):
@@ -82,16 +90,31 @@ class LeafCommand(TyperCommand):
                 break
         self._common = [param for param in _common_params() if param.name not in own]
         self.params += self._common
+        from gptcli.cli.options import complete_value
+        from gptcli.cli.settings import is_setting, variable_of
+
         params: list[Any] = self.params  # they have attributes that their declared type lacks
         for param in params:
             take_plainly(param)
-            if param.param_type_name == "option" and not param.envvar:
-                param.envvar = "GPTCLI_" + _long_name(param.opts).upper().replace("-", "_")
+            if _COMPLETING in os.environ:
+                complete_value(param)
+            if param.param_type_name == "option" and is_setting(param):
+                param.envvar = variable_of(param)
                 param.show_envvar = False
                 if param.multiple:
                     param.split_envvar_value = lambda value: [value]  # one value, spaces and all
             elif param.param_type_name == "argument":
                 param.display_type = lambda ctx: ""  # "list[str]" tells nobody anything
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        from gptcli.cli.settings import is_for_another
+
+        params: list[Any] = self.params
+        for param in params:
+            if (value := os.environ.get(param.envvar or "")) and is_for_another(self, param, value):
+                self._passed_over.append(param.envvar)
+                param.envvar = None
+        return super().parse_args(ctx, args)
 
     def get_help_option(self, ctx: Any) -> Any:
         return _without_pydantic(super().get_help_option(ctx))
@@ -127,7 +150,10 @@ class LeafCommand(TyperCommand):
         common = {param.name: ctx.params.pop(param.name) for param in self._common}
         if "format" not in common:  # the command has formats of its own, and checks them itself
             common.update(format=ctx.params["format"], formats=None)
-        ctx.find_object(Output).configure(**common)
+        out = ctx.find_object(Output)
+        out.configure(**common)
+        for variable in self._passed_over:
+            out.detail(f"{variable} is for another command")
         try:
             if self._fetching:
                 _pull(ctx, [param.name for param in self._fetching])
@@ -155,9 +181,14 @@ class LazyGroup(TyperGroup):
         return self.commands[cmd_name]
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        # What is still being typed (``resilient_parsing``) is no error.
-        if args and args[0] not in self.entries and not args[0].startswith("-") and not ctx.resilient_parsing:
-            raise UsageError(f"there is no command {args[0]!r}", _nearest(args[0], self.entries, ctx.command_path))
+        if ctx.resilient_parsing:  # what is still being typed is no error
+            args = args[1:] if args[:1] == [_HELP] else args
+            if not args:
+                return None, None, []
+        elif args and args[0] not in self.entries and not args[0].startswith("-"):
+            from gptcli.cli.wrong_use import nearest
+
+            raise UsageError(f"there is no command {args[0]!r}", nearest(args, self.entries, ctx.command_path))
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
@@ -238,20 +269,6 @@ def _params_of(function: Any) -> list[Any]:
     return list(typer.main.get_command(app).params)
 
 
-def _long_name(names: Sequence[str]) -> str:
-    return max(names, key=len).lstrip("-")
-
-
-def _nearest(name: str, known: Any, path: str) -> str:
-    import shlex
-    from difflib import get_close_matches
-
-    near = get_close_matches(name, list(known), n=1)
-    if not near and any(map(str.isspace, name)) and "generate" in known:  # no name, but a text
-        return f"{path} generate {shlex.quote(name)} continues it"
-    return f"did you mean {near[0]}?" if near else f"{path} --help lists them"
-
-
 def make_app(*, completion: bool) -> typer.Typer:
     """The program; with ``completion`` Typer's two options for it, whose types are slow to import, are there."""
     app = typer.Typer(name="gptcli", cls=LazyGroup, no_args_is_help=True, **{**_SETTINGS, "add_completion": completion})
@@ -259,7 +276,7 @@ def make_app(*, completion: bool) -> typer.Typer:
     @app.callback(
         context_settings=_NAMES,
         help="A GPT for the terminal: it continues text, counts parameters, and works in pipes.",
-        epilog="Completion of commands and options in your shell: gptcli --install-completion",
+        epilog=_EPILOG,
     )
     def root(
         version: bool = typer.Option(
@@ -271,6 +288,15 @@ def make_app(*, completion: bool) -> typer.Typer:
     return app
 
 
+def _asking_for_help(args: list[str]) -> list[str]:
+    """``help`` in the place of a command as ``--help`` behind the command that follows; any other line as it is."""
+    place = 1 if args and args[0] in COMMANDS and not isinstance(COMMANDS[args[0]].target, str) else 0
+    if args[place : place + 1] != [_HELP]:
+        return args
+    names = takewhile(lambda word: not word.startswith("-"), args[place + 1 :])
+    return [*args[:place], *names, "--help"]
+
+
 def _show_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"gptcli {__version__}")
@@ -279,12 +305,12 @@ def _show_version(wanted: bool) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line (without the program's name); returns the exit code and raises nothing."""
-    args = list(sys.argv[1:] if argv is None else argv)
-    completion = any("-completion" in arg for arg in args[:1]) or "_GPTCLI_COMPLETE" in os.environ
+    args = _asking_for_help(list(sys.argv[1:] if argv is None else argv))
+    completion = any("-completion" in arg for arg in args[:1]) or _COMPLETING in os.environ
     out = Output.standard(json=_wants(args, "--format", "json") or "--json" in _ours(args))
     out.color = next((choice for choice in ("never", "always") if _wants(args, "--color", choice)), "auto")
     try:
-        from gptcli.cli.options import read_settings
+        from gptcli.cli.settings import read_settings
 
         command = typer.main.get_command(make_app(completion=completion))
         settings: dict[str, Any] = {"obj": out, "default_map": read_settings(args)}
@@ -307,10 +333,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             if ranks.follows(args):
                 ranks.let_the_first_speak()
                 return ExitCode.USAGE
-        return _report(error, out)
+        return _report(error, out, args)
 
 
-def _report(error: BaseException, out: Output) -> int:
+def _report(error: BaseException, out: Output, args: Sequence[str]) -> int:
     """Say what an exception means, once, and give its exit code."""
     if isinstance(error, BrokenPipeError | _ReaderGoneError):
         out.abandon()
@@ -320,23 +346,23 @@ def _report(error: BaseException, out: Output) -> int:
     if type(error).__name__ == "NoArgsIsHelpError":
         typer.echo(str(getattr(error, "message", "")), err=True)
         return ExitCode.USAGE
-    known = _as_gptcli_error(error)
+    known = _as_gptcli_error(error, args)
     out.error(known)
     if isinstance(error, OSError):
         out.abandon()  # or the interpreter would try stdout once more, and complain
     return known.exit_code
 
 
-def _as_gptcli_error(error: BaseException) -> GptcliError:
+def _as_gptcli_error(error: BaseException, args: Sequence[str]) -> GptcliError:
     if isinstance(error, GptcliError):
         return error
     if isinstance(error, typer.Abort):
         return UsageError("given up", "run it again")
     if isinstance(error, typer.TyperException):  # wrong options and values
-        context = getattr(error, "ctx", None)
-        path = context.command_path if context else "gptcli"
+        from gptcli.cli.wrong_use import hint
+
         message = error.format_message()
-        return UsageError(message[:1].lower() + message[1:].rstrip("."), f"{path} --help lists the options")
+        return UsageError(message[:1].lower() + message[1:].rstrip("."), hint(error, args))
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or _allocation_failed(error):
         return ResourceError("there is not enough memory", "use a smaller model, a smaller batch, or --dtype bfloat16")
     if isinstance(error, OSError):

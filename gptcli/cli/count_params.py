@@ -57,7 +57,13 @@ def count_params(
         int | None, typer.Option("--tp", metavar="N", min=1, help="With --plan: over how many cards.")
     ] = None,
     dtype: Annotated[
-        str, typer.Option("--dtype", metavar="DTYPE", help="With --plan: auto, float32, bfloat16 or float16.")
+        str,
+        typer.Option(
+            "--dtype",
+            metavar="DTYPE",
+            help="With --plan: auto, float32, bfloat16 or float16.",
+            autocompletion=options.one_of(*options.DTYPES),
+        ),
     ] = "auto",
     quantize: Annotated[
         str, typer.Option("--quantize", metavar="none|int8|int4", help="With --plan: matrices in fewer bits.")
@@ -93,7 +99,7 @@ def count_params(
     names = models or [model or DEFAULT_MODEL]
     if plan:
         options.choice("--quantize", quantize, options.QUANTIZE)
-        options.choice("--dtype", dtype, ("auto", "float32", "bfloat16", "float16"))
+        options.choice("--dtype", dtype, options.DTYPES)
         if gpus is None or len(names) > 1:
             raise UsageError("--plan is for one model on cards that are named", "add --gpus, as 8x141GB")
         how: dict[str, Any] = {"tp": tp, "dtype": dtype, "quantize": quantize, "offload": offload}

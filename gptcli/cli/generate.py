@@ -27,6 +27,11 @@ if TYPE_CHECKING:
 _ROWS_AT_ONCE = 16
 
 
+def _drafts(incomplete: str) -> list[str]:
+    """What a draft model's name that is being typed may become."""
+    return [*options.model_names(incomplete), *options.one_of("none")(incomplete)]
+
+
 def generate(
     ctx: typer.Context,
     text: Annotated[str | None, typer.Argument(metavar="TEXT", help="The text to continue; - for stdin.")] = None,
@@ -69,7 +74,12 @@ def generate(
     quantize: options.Quantize = "none",
     draft_model: Annotated[
         str | None,
-        typer.Option("--draft-model", metavar="MODEL", help="A smaller model that guesses ahead; none: no guessing."),
+        typer.Option(
+            "--draft-model",
+            metavar="MODEL",
+            help="A smaller model that guesses ahead; none: no guessing.",
+            autocompletion=_drafts,
+        ),
     ] = None,
     compile: options.Compile = False,
     threads: options.Threads = None,
@@ -96,7 +106,7 @@ def generate(
     if logprobs is not None and not (0 <= logprobs <= 100 and out.json):
         raise UsageError(f"--logprobs {logprobs} needs --json and a number up to 100", "add --json")
     options.check_seed(seed)
-    if placing.asked(plan, gpus):
+    if placing.asked(ctx, plan):
         held: dict[str, Any] = {"dtype": dtype, "quantize": quantize, "tp": tp, "offload": offload}
         placing.show_placing(out, model or DEFAULT_MODEL, gpus, sequences=min(num_samples, _ROWS_AT_ONCE), **held)
         return

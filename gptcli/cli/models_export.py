@@ -51,9 +51,14 @@ def export(
     ] = None,
     dtype: Annotated[
         str,
-        typer.Option("--dtype", metavar="DTYPE", help="auto (as it is stored), f32, bf16, f16; of a GGUF also q8_0."),
+        typer.Option(
+            "--dtype",
+            metavar="DTYPE",
+            help="auto (as it is stored), f32, bf16, f16; of a GGUF also q8_0.",
+            autocompletion=options.one_of("auto", *_SHORT, "q8_0"),
+        ),
     ] = "auto",
-    force: Annotated[bool, typer.Option("--force", help="Write over what is there.")] = False,
+    force: Annotated[bool, options.typed_option("--force", help="Write over what is there.")] = False,
     offline: options.Offline = False,
 ) -> None:
     """Write a model for other programs.

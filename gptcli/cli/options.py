@@ -1,14 +1,44 @@
-"""The option types that commands share, and where their values come from besides the command line."""
+"""The option types that commands share, and how strong the source of a value is."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from gptcli.errors import UsageError
+
+# An option that takes no value from the settings: one that ends, replaces or removes something, or has its command do
+# something else than what it is for.
+typed_option = partial(typer.Option, allow_from_autoenv=False)
+
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+QUANTIZE = ("none", "int8", "int4")
+
+
+def one_of(*words: str) -> Callable[[str], list[str]]:
+    """What a value that is being typed may become, where it is one of some words."""
+
+    def begun(incomplete: str) -> list[str]:
+        return [word for word in words if word.startswith(incomplete)]
+
+    return begun
+
+
+def complete_value(param: Any) -> None:
+    """Let a value complete in the shell as its metavar says: one of ``a|b|c``, or a MODEL. Files are the shell's."""
+    from gptcli.cli.values import choices_of
+
+    if getattr(param, "_custom_shell_complete", None) is not None:
+        return
+    names = one_of(*choices_of(param)) if choices_of(param) else model_names if param.metavar == "MODEL" else None
+    if names is not None:
+        param._custom_shell_complete = lambda ctx, param, incomplete: names(incomplete)
 
 
 def model_names(incomplete: str) -> list[str]:
@@ -61,8 +91,16 @@ Errors = Annotated[
 Special = Annotated[
     str, typer.Option("--special", metavar="text|parse", help="Whether <|endoftext|> in a text is text or the token.")
 ]
-Device = Annotated[str, typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda, cuda:N or mps.")]
-Dtype = Annotated[str, typer.Option("--dtype", metavar="DTYPE", help="auto, float32, bfloat16 or float16.")]
+Device = Annotated[
+    str,
+    typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda, cuda:N or mps.", autocompletion=one_of(*DEVICES)),
+]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        "--dtype", metavar="DTYPE", help="auto, float32, bfloat16 or float16.", autocompletion=one_of(*DTYPES)
+    ),
+]
 Quantize = Annotated[
     str,
     typer.Option("--quantize", metavar="none|int8|int4", help="Keep the matrices in fewer bits: faster, less exact."),
@@ -89,9 +127,6 @@ LogitBias = Annotated[
 Stop = Annotated[list[str] | None, typer.Option("--stop", metavar="TEXT", help="End before this string; repeatable.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Never use the network.")]
 Pull = Annotated[bool, typer.Option("--pull", help="Get the model from the Hub if it is not here.")]
-
-
-QUANTIZE = ("none", "int8", "int4")
 
 
 def common(
@@ -160,61 +195,3 @@ def choice(name: str, value: str, choices: Sequence[str]) -> str:
     if value not in choices:
         raise UsageError(f"{name} {value!r} is not a choice", f"use {', '.join(choices)}")
     return value
-
-
-def read_settings(args: Sequence[str]) -> dict[str, Any]:
-    """The named command's defaults from ``config.toml`` in the user's config folder, shaped as the parser takes them.
-
-    A key at the top counts for every command that has the option, a table ``[generate]`` for that one. Raises
-    UsageError when the file is not TOML, or names an option that is not there. Reads nothing if no command is named.
-    """
-    from gptcli.cli import COMMANDS
-
-    command = next((arg for arg in args if not arg.startswith("-")), "")
-    file = Path(typer.get_app_dir("gptcli")) / "config.toml"
-    if command not in COMMANDS or not file.is_file():
-        return {}
-    raw = _read_toml(file)
-    tables = {name: value for name, value in raw.items() if isinstance(value, dict)}
-    if unknown := sorted(tables.keys() - COMMANDS.keys()):
-        raise UsageError(f"{file} has a table for {unknown[0]!r}, which is no command", "correct its name")
-    everywhere = {_key(name): value for name, value in raw.items() if not isinstance(value, dict)}
-    own = {_key(name): value for name, value in tables.get(command, {}).items()}
-    several = _options_of(command)
-    if unknown := sorted(own.keys() - several.keys()):
-        raise UsageError(f"{file}: [{command}] has no option {unknown[0]!r}", f"gptcli {command} --help lists them")
-    others = everywhere.keys() - several.keys()  # other commands', or slips; only then all commands are loaded
-    if unknown := sorted(others - set().union(*map(_options_of, COMMANDS))) if others else []:
-        raise UsageError(f"{file} sets {unknown[0]!r}, which is no command's option", "correct its name")
-    values = {
-        name: [value] if several.get(name) and not isinstance(value, list) else value
-        for name, value in (everywhere | own).items()
-    }
-    target = COMMANDS[command].target
-    return {command: values if isinstance(target, str) else dict.fromkeys(target, values)}
-
-
-def _read_toml(file: Path) -> dict[str, Any]:
-    import sys
-
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
-    try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{file} can't be read: {error}", "correct it or move it away") from None
-
-
-def _options_of(command: str) -> dict[str, bool]:
-    """The names of a command's options, and whether each may be given several times; of a group, all below it."""
-    from gptcli.cli import COMMANDS, leaves
-
-    params = [param for leaf in leaves(command, COMMANDS[command]) for param in leaf.params]
-    return {param.name: bool(getattr(param, "multiple", False)) for param in params}
-
-
-def _key(name: str) -> str:
-    name = name.replace("-", "_")
-    return "json_" if name == "json" else name

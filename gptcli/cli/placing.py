@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gptcli.cli import options
 from gptcli.cli.out import Output, harmless
 from gptcli.errors import ResourceError, UsageError
 
@@ -13,16 +14,16 @@ if TYPE_CHECKING:
     from gptcli.cli.table import Table
     from gptcli.spec.placing import Placing
 
-Plan = Annotated[bool, typer.Option("--plan", help="Only say what each card would hold, and whether it fits.")]
+Plan = Annotated[bool, options.typed_option("--plan", help="Only say what each card would hold, and whether it fits.")]
 Gpus = Annotated[
     str | None,
     typer.Option("--gpus", metavar="CARDS", help="With --plan: cards and their memory, as 8x141GB; this machine's."),
 ]
 
 
-def asked(plan: bool, gpus: str | None) -> bool:
-    """Whether only the plan is wanted. Raises UsageError for cards without it."""
-    if gpus is not None and not plan:
+def asked(ctx: typer.Context, plan: bool) -> bool:
+    """Whether only the plan is wanted. Raises UsageError for cards that were typed without it."""
+    if not plan and options.strength(ctx, "gpus") == options.TYPED:
         raise UsageError("--gpus goes with --plan", "say --plan too, or leave --gpus out")
     return plan
 

@@ -74,7 +74,7 @@ def score(
         raise UsageError("--above nan is no number", "give a number of bits a byte, for instance 3")
     if stride is not None and stride < 1:
         raise UsageError(f"--stride {stride} is out of range", "it should be from 1 to the context")
-    if placing.asked(plan, gpus):
+    if placing.asked(ctx, plan):
         held: dict[str, Any] = {"dtype": dtype, "quantize": quantize, "tp": tp, "offload": offload}
         placing.show_placing(out, model or DEFAULT_MODEL, gpus, sequences=1, **held)
         return

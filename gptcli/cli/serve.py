@@ -42,8 +42,10 @@ def serve(
     background: Annotated[
         bool, typer.Option("--background", help="Return once the model is warm, and leave it to itself.")
     ] = False,
-    status: Annotated[bool, typer.Option("--status", help="Tell which models are warm, and what they did.")] = False,
-    stop: Annotated[bool, typer.Option("--stop", help="End the warm process.")] = False,
+    status: Annotated[
+        bool, options.typed_option("--status", help="Tell which models are warm, and what they did.")
+    ] = False,
+    stop: Annotated[bool, options.typed_option("--stop", help="End the warm process.")] = False,
     rows: Annotated[int, typer.Option("--rows", metavar="N", min=1, help="Requests that are decoded together.")] = 32,
     waiting: Annotated[
         int, typer.Option("--waiting", metavar="N", min=1, help="More that may wait for a place.")
@@ -80,7 +82,7 @@ def serve(
     """
     out: Output = ctx.obj
     options.choice("--quantize", quantize, options.QUANTIZE)
-    if placing.asked(plan, gpus):
+    if placing.asked(ctx, plan):
         held: dict[str, Any] = {"dtype": dtype, "quantize": quantize, "tp": tp, "offload": offload}
         placing.show_placing(out, model or DEFAULT_MODEL, gpus, sequences=rows, **held)
         return

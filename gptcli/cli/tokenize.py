@@ -21,6 +21,13 @@ if TYPE_CHECKING:
     from gptcli.text.tokenizer import Piece, Tokenizer
 
 
+def _encodings(incomplete: str) -> list[str]:
+    """What an encoding's name that is being typed may become."""
+    from gptcli.text.tokenizer import encoding_names
+
+    return options.one_of(*encoding_names())(incomplete)
+
+
 def tokenize(
     ctx: typer.Context,
     texts: Annotated[
@@ -30,7 +37,11 @@ def tokenize(
     encoding: Annotated[
         str | None,
         typer.Option(
-            "--encoding", "-e", metavar="NAME", help="A tiktoken encoding: cl100k_base, o200k_base, gpt2, ..."
+            "--encoding",
+            "-e",
+            metavar="NAME",
+            help="A tiktoken encoding: cl100k_base, o200k_base, gpt2, ...",
+            autocompletion=_encodings,
         ),
     ] = None,
     count: Annotated[bool, typer.Option("--count", help="Only how many; rows like wc's for several files.")] = False,

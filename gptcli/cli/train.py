@@ -11,6 +11,7 @@ import typer
 from gptcli.cli import options
 from gptcli.cli.out import Output
 from gptcli.errors import UsageError
+from gptcli.spec.presets import NAMES
 
 # The headings of the help, in its order.
 run_option = partial(typer.Option, rich_help_panel="Run")
@@ -28,9 +29,14 @@ def train(
     ] = None,
     out: Annotated[Path | None, run_option("--out", "-o", metavar="DIR", help="The model folder to write.")] = None,
     resume: Annotated[bool, run_option("--resume", help="Go on from the last checkpoint in DIR.")] = False,
-    force: Annotated[bool, run_option("--force", help="Replace what is in DIR.")] = False,
+    force: Annotated[
+        bool, options.typed_option("--force", help="Replace what is in DIR.", rich_help_panel="Run")
+    ] = False,
     plan: Annotated[
-        bool, run_option("--plan", help="Only say what each rank would hold, and whether it fits.")
+        bool,
+        options.typed_option(
+            "--plan", help="Only say what each rank would hold, and whether it fits.", rich_help_panel="Run"
+        ),
     ] = False,
     gpus: Annotated[
         str | None,
@@ -54,7 +60,13 @@ def train(
         model_option("--freeze", metavar="PATTERN", help="Parameters to leave alone, as 'blocks.0.*'; repeatable."),
     ] = None,
     preset: Annotated[
-        str | None, model_option("--preset", metavar="NAME", help="A size by name: gpt2, gpt2-medium, ...")
+        str | None,
+        model_option(
+            "--preset",
+            metavar="NAME",
+            help="A size by name: gpt2, gpt2-medium, ...",
+            autocompletion=options.one_of(*NAMES),
+        ),
     ] = None,
     config: Annotated[
         Path | None, model_option("--config", metavar="FILE", help="A config.json to take the size from.")
@@ -93,7 +105,12 @@ def train(
     batch_tokens: Annotated[
         int, schedule_option("--batch-tokens", metavar="N", min=1, help="Tokens a step, rounded to whole contexts.")
     ] = 8192,
-    optimizer: Annotated[str, schedule_option("--optimizer", metavar="NAME", help="muon or adamw.")] = "muon",
+    optimizer: Annotated[
+        str,
+        schedule_option(
+            "--optimizer", metavar="NAME", help="muon or adamw.", autocompletion=options.one_of("muon", "adamw")
+        ),
+    ] = "muon",
     lr: Annotated[
         float | None,
         schedule_option("--lr", metavar="X", help="The highest learning rate; fine-tuning has a lower one."),
@@ -117,13 +134,31 @@ def train(
     ] = "",
     keep: Annotated[int, saving_option("--keep", metavar="N", min=1, help="Checkpoints to keep.")] = 2,
     save_dtype: Annotated[
-        str, saving_option("--save-dtype", metavar="DTYPE", help="Of the model: float32, bfloat16 or float16.")
+        str,
+        saving_option(
+            "--save-dtype",
+            metavar="DTYPE",
+            help="Of the model: float32, bfloat16 or float16.",
+            autocompletion=options.one_of(*options.DTYPES[1:]),
+        ),
     ] = "float32",
     device: Annotated[
-        str, machine_option("--device", metavar="DEVICE", help="auto, cpu, cuda, cuda:N or mps.")
+        str,
+        machine_option(
+            "--device",
+            metavar="DEVICE",
+            help="auto, cpu, cuda, cuda:N or mps.",
+            autocompletion=options.one_of(*options.DEVICES),
+        ),
     ] = "auto",
     dtype: Annotated[
-        str, machine_option("--dtype", metavar="DTYPE", help="float32 or bfloat16; auto: bfloat16 where it is fast.")
+        str,
+        machine_option(
+            "--dtype",
+            metavar="DTYPE",
+            help="float32 or bfloat16; auto: bfloat16 where it is fast.",
+            autocompletion=options.one_of(*options.DTYPES[:3]),
+        ),
     ] = "auto",
     threads: Annotated[int | None, machine_option("--threads", metavar="N", min=1, help="CPU threads to use.")] = None,
     micro_batch: Annotated[
@@ -140,7 +175,13 @@ def train(
         ),
     ] = None,
     parallel: Annotated[
-        str, machine_option("--parallel", metavar="WAY", help="Under torchrun: auto, ddp or fsdp.")
+        str,
+        machine_option(
+            "--parallel",
+            metavar="WAY",
+            help="Under torchrun: auto, ddp or fsdp.",
+            autocompletion=options.one_of("auto", "ddp", "fsdp"),
+        ),
     ] = "auto",
 ) -> None:
     """Train a model on text, or fine-tune one.
@@ -159,7 +200,7 @@ def train(
         check(asked)
         show_paper_plan(said, asked)
         return
-    if gpus:
+    if strength["gpus"] >= options.TYPED:
         raise UsageError("--gpus goes with --plan", "say --plan too, or leave --gpus out")
     if out is None:
         raise UsageError("there is no folder to write to", "name one with --out DIR")

@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import Any, get_args, get_origin
 
 _WHOLE = re.compile(r"-?[0-9]{1,18}")
+_CHOICES = re.compile(r"[a-z0-9][a-z0-9_.-]*(\|[a-z0-9][a-z0-9_.-]*)*")
 _DECIMAL = re.compile(r"-?[0-9]{1,18}(\.[0-9]{1,18})?")
+
+
+def choices_of(param: Any) -> tuple[str, ...]:
+    """The words that an option or argument takes, where its metavar lists them (``head|tail|middle``); else none."""
+    metavar = param.metavar or ""
+    return tuple(metavar.split("|")) if _CHOICES.fullmatch(metavar) else ()
 
 
 def take_plainly(param: Any) -> None:

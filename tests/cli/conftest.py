@@ -48,6 +48,22 @@ def run(capfdbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPat
     return call
 
 
+@pytest.fixture
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    """Write config.toml into the user's config folder."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    if sys.platform == "darwin":
+        monkeypatch.setenv("HOME", str(tmp_path))
+    folder = tmp_path / ("Library/Application Support" if sys.platform == "darwin" else "config") / "gptcli"
+    folder.mkdir(parents=True)
+
+    def write(text: str) -> Path:
+        (folder / "config.toml").write_text(text)
+        return folder / "config.toml"
+
+    return write
+
+
 SIZE = ("--layers", "1", "--heads", "2", "--width", "16", "--context", "16", "--batch-tokens", "64")
 _OWN_SIZE = {"--config", "--preset", "--init-from"}
 _OWN_TOKENIZER = {"--tokenizer", "--vocab-size", "--init-from"}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,22 +13,6 @@ import pytest
 from gptcli.cli.options import choice
 from gptcli.errors import UsageError
 from tests.cli.conftest import Done, Run
-
-
-@pytest.fixture
-def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
-    """Write config.toml into the user's config folder."""
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
-    if sys.platform == "darwin":
-        monkeypatch.setenv("HOME", str(tmp_path))
-    folder = tmp_path / ("Library/Application Support" if sys.platform == "darwin" else "config") / "gptcli"
-    folder.mkdir(parents=True)
-
-    def write(text: str) -> Path:
-        (folder / "config.toml").write_text(text)
-        return folder / "config.toml"
-
-    return write
 
 
 @pytest.fixture
