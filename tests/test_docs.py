@@ -148,6 +148,11 @@ def test_complete_fields(gptcli: Gptcli, tiny_folder: Path) -> None:
     assert documented("complete") == set(told)
 
 
+def test_shell_init_fields(gptcli: Gptcli, tiny_folder: Path) -> None:
+    (told,) = objects(gptcli("shell-init", "zsh", "-m", str(tiny_folder), "--json").stdout)
+    assert documented("shell-init") == set(told)
+
+
 def test_tokenize_fields(gptcli: Gptcli, tiny_folder: Path) -> None:
     common = ("tokenize", "--json", "-m", str(tiny_folder))
     runs = [("a b",), ("a b", "--count"), ("a b", "--truncate", "1"), ("a b", "--split", "1"), ("65", "--decode")]

@@ -60,13 +60,14 @@ def shell_init(
     from gptcli.serve.place import Place, runtime_folder
 
     folder = find(model).folder.resolve()  # of whatever folder the shell is in later
+    socket = str(Place.of(runtime_folder(), folder).socket)
     quoted = _fish if shell == "fish" else shlex.quote
     command = [*_gptcli(), "complete", "--widget", "--quiet", "--model", str(folder)]
     limit = time + (_PATIENCE if shutil.which("curl") else _PYTHON)
     values = {
         "KEY": key,
         "BINDING": _bindings[shell](_parse(key)),
-        "SOCKET": quoted(str(Place.of(runtime_folder(), folder).socket)),
+        "SOCKET": quoted(socket),
         "COMMAND": " ".join(map(quoted, command)),
         "GHOST": str(int(ghost)),
         "NUM": str(num),
@@ -78,7 +79,7 @@ def shell_init(
     text = (_WIDGETS / f"gptcli.{shell}").read_text(encoding="utf-8")
     script = re.sub("@([A-Z_]+)@", lambda match: values[match[1]], text)
     if out.json:
-        out.record({"shell": shell, "key": key, "socket": values["SOCKET"], "script": script})
+        out.record({"shell": shell, "key": key, "socket": socket, "script": script})
     else:
         out.data(script, end="")
 
