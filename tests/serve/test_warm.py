@@ -16,6 +16,7 @@ from typing import IO, Any
 
 import pytest
 
+from gptcli.cli.warm import start_process
 from gptcli.errors import GptcliError
 from gptcli.serve.client import Client, GoneError
 from gptcli.serve.place import Place, claim, runtime_folder
@@ -100,6 +101,17 @@ def test_a_fault_is_a_line_and_a_traceback_is_for_who_debugs(folder: Path, debug
     assert said.count(r"RuntimeError('it\nbroke')") == (0 if debug else 2)
     assert ("Traceback" in said) == debug
     assert len(said.splitlines()) == 2 or debug
+
+
+def test_a_started_process_is_told_of_no_setting_but_that_somebody_debugs(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: dict[str, str] = {}
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **more: told.update(more["env"]))
+    monkeypatch.setenv("GPTCLI_TEMPERATURE", "2")
+    monkeypatch.setenv("GPTCLI_DEBUG", "1")
+    start_process(place_of(folder), folder, {})
+    assert {name: value for name, value in told.items() if name.startswith("GPTCLI_")} == {"GPTCLI_DEBUG": "1"}
 
 
 @pytest.fixture
