@@ -16,6 +16,7 @@ import pytest
 from gptcli.cli.caches import native_cache
 from gptcli.cli.train_run import RATES
 from gptcli.errors import ExitCode, UnsupportedError
+from gptcli.serve.limits import Limits
 from gptcli.spec.config import from_hf
 from gptcli.text.transcript import SCENE
 from tests.conftest import PATIENCE, ROOT, Gptcli
@@ -221,6 +222,22 @@ def test_export_fields(gptcli: Gptcli, tiny_folder: Path, tmp_path: Path) -> Non
     told = REFERENCE.split("\n`export`: ")[1].split("\n\n")[0]
     values = {"hf", "gguf", "name"}
     assert set(re.findall(r"`([a-z_]+)`", told)) - values == set(exported)
+
+
+def test_the_limits_of_the_api_are_told() -> None:
+    """Beside the options that change them."""
+    part = REFERENCE.split("\n## The HTTP API\n")[1].split("\n| route")[0]
+    limits = Limits()
+    for name, value in (
+        ("rows", limits.rows),
+        ("waiting", limits.waiting),
+        ("prefix-memory MB", limits.prefix_bytes >> 20),
+    ):
+        assert f"`--{name}` ({value})" in part
+    fixed = (limits.choices, limits.stops, limits.biases, limits.inputs, limits.requests)
+    assert {f"{number:,}" for number in fixed} <= set(re.findall(r"\d[\d,]*", part))
+    for option in ("--api-key", "--cors"):
+        assert f"`{option} " in part
 
 
 def test_bench_fields(gptcli: Gptcli, tiny_folder: Path) -> None:

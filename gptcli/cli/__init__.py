@@ -234,8 +234,8 @@ def _common_params() -> list[Any]:
     return _params_of(options.common)
 
 
-# Options whose value is a MODEL, in commands that know --offline; in train there is none else.
-_MODELS = ("model", "name", "draft_model", "init_from")
+# Options whose value is a MODEL, in commands that take --pull; of train's --tokenizer only the tokenizer is used.
+_MODELS = ("model", "name", "draft_model", "init_from", "tokenizer")
 
 
 def _fetching_params(own: Set[str]) -> list[Any]:

@@ -181,11 +181,11 @@ class _Work:
     def _show(self, machine: Machine) -> None:
         from gptcli.cli import bench_view
 
-        if self.out.json:
-            self.out.record(self._record(machine))
-        else:
+        if not self.out.json:
             for line in bench_view.lines(self.model, machine, self.figures, self.out):
                 self.out.data(line)
+        if self.out.json or not self.out.on_terminal:  # in a log both are wanted
+            self.out.record(self._record(machine))
 
     def _record(self, machine: Machine) -> dict[str, Any]:
         from gptcli import __version__

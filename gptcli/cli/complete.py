@@ -95,7 +95,7 @@ def complete(
         if patience is None or error.type != "late":
             raise
         out.detail(error.message)
-        found = {"model": model, "completions": [], "tokens": 0, "known": 0, "truncated": False, "late": True}
+        found = _nothing_yet(model)
     _show(out, found)
 
 
@@ -119,6 +119,14 @@ def seconds(word: str, option: str = "--deadline") -> float:
     if not 0 < seconds < math.inf:
         raise UsageError(f"{option} {word!r} is not a time", "for instance 150ms, 0.2s, or 0.2")
     return seconds
+
+
+def _nothing_yet(model: str | None) -> dict[str, Any]:
+    """The answer where a warm process said nothing by the deadline, not even what it computes with."""
+    from gptcli.cli.opening import find
+
+    empty: dict[str, Any] = {"completions": [], "tokens": 0, "known": 0, "truncated": False, "late": True}
+    return {"model": find(model).name, **empty, **dict.fromkeys(("device", "dtype", "quantize"))}
 
 
 def _show(out: Output, result: dict[str, Any]) -> None:

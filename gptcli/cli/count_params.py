@@ -92,7 +92,8 @@ def count_params(
     gpt3-6.7b, gpt3-13b, gpt3. No tensor is read; with --remote, the headers of a model on the Hub are.
     """
     out: Output = ctx.obj
-    shown = options.choice("--format", format or "table", FORMATS)
+    # The text of every other command, as config.toml may ask for, is the table here.
+    shown = options.choice("--format", "table" if format in (None, "text") else format, FORMATS)
     options.choice("--by", by, BY)
     for name in ("pull", "remote"):
         options.refuse_offline(ctx, name)
@@ -106,7 +107,7 @@ def count_params(
         placing.show_placing(out, names[0], gpus, context=context, sequences=sequences, **how)
         return
     find = _finder(names, remote, revision, pull, offline, out)
-    _refuse_mixtures(ctx, diff, check, beyond=memory or flops or gpus is not None)
+    _refuse_mixtures(ctx, diff, check, beyond=memory or flops or gpus is not None or out.json)
     if diff:
         _diff(names if models else [], by, shown, find, out)
     elif check is not None:
@@ -116,6 +117,11 @@ def count_params(
         from gptcli.cli.count_paper import Asked
 
         asked = Asked(memory, flops, gpus, context, sequences)
+        if out.json:  # memory and FLOPs always; a --context from the settings counts only where a table would have it
+            meant = bool(asked) or any(
+                options.strength(ctx, name) == options.TYPED for name in ("context", "sequences")
+            )
+            asked = Asked(True, True, gpus, context if meant else None, sequences if meant else 1)
         _report(names, by, options.strength(ctx, "by") == options.TYPED, asked, shown, find, out)
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gptcli.cli import options, placing, ranks
-from gptcli.cli.input import ERRORS, Source, note_line_end, one_text, sources
+from gptcli.cli.input import ERRORS, note_line_end, one_text, sources
 from gptcli.cli.out import Output
 from gptcli.cli.warm import Runner, Warm, open_runner
 from gptcli.errors import CorruptError, UsageError
@@ -125,7 +125,7 @@ def generate(
     elif text is not None or file:
         raise UsageError("--batch brings its own prompts", "leave out the text")
     else:
-        prompts = list(_read_batch(batch, errors))
+        prompts = list(_read_batch(batch, errors, no_stdin))
 
     how: dict[str, Any] = {"device": device, "dtype": dtype, "quantize": quantize, "threads": threads}
     runner = open_runner(model, out, warm=warm, compile=compile, draft=draft_model, line=line, offload=offload, **how)
@@ -147,7 +147,9 @@ def generate(
         for i in range(num_samples)
     ]
     if out.json:
-        _write_json(out, job, runs, numbered=num_samples > 1 or batch is not None)
+        # Also where one sample was asked for: whoever says how many reads as many lines of one form.
+        several = num_samples > 1 or options.strength(ctx, "num_samples") == options.TYPED
+        _write_json(out, job, runs, numbered=several or batch is not None)
     else:
         shown = out.on_terminal if echo is None else echo
         _write_text(out, job, runs, echo=shown, stream=stream)
@@ -338,9 +340,11 @@ def _tell_stats(out: Output, job: _Job, runs: list[_Run]) -> None:
     )
 
 
-def _read_batch(file: Path, errors: str) -> Iterator[_Prompt]:
-    """The prompts of a ``.jsonl`` file. Raises CorruptError that names the line."""
-    source = Source("stdin") if str(file) == "-" else Source(str(file), path=file)
+def _read_batch(file: Path, errors: str, no_stdin: bool) -> Iterator[_Prompt]:
+    """The prompts of a ``.jsonl`` file, and of a pipe only where it is ``-``. Raises CorruptError that names the line,
+    UsageError for ``-`` where standard input is closed or refused.
+    """
+    (source,) = sources([], [file], no_stdin=no_stdin or file != Path("-"))
     for number, line in enumerate(source.lines(errors), 1):
         if not line.strip():
             continue

@@ -55,7 +55,9 @@ def list_models(ctx: typer.Context) -> None:
     _columns(out, rows)
 
 
-def show_model(ctx: typer.Context, name: Name = None, model: options.Model = None) -> None:
+def show_model(
+    ctx: typer.Context, name: Name = None, model: options.Model = None, offline: options.Offline = False
+) -> None:
     """Show one model: its card, shape, size and files."""
     out: Output = ctx.obj
     found = resolve(name or model or DEFAULT_MODEL)
@@ -105,7 +107,9 @@ def show_model(ctx: typer.Context, name: Name = None, model: options.Model = Non
         out.data(f"  {harmless(file):<32} {byte_text(size):>9}")
 
 
-def verify_model(ctx: typer.Context, name: Name = None, model: options.Model = None) -> None:
+def verify_model(
+    ctx: typer.Context, name: Name = None, model: options.Model = None, offline: options.Offline = False
+) -> None:
     """Check a model's files against its hashes and headers.
 
     Exit 6 if something does not hold: a hash, a tensor, a shape, the tokenizer's size.
@@ -115,8 +119,8 @@ def verify_model(ctx: typer.Context, name: Name = None, model: options.Model = N
     again = "get it again"
     if found.source == "cache":
         again = f"`gptcli models pull {found.name} --repair` gets what is wrong again"
-    hashed = verify_hashes(found.folder, again)
     try:
+        hashed = verify_hashes(found.folder, again)
         config = read_config(found.folder)
         tensors = match_folder(found.folder, config)
         _check_tokenizer(found, config, out)
@@ -148,13 +152,7 @@ def _check_tokenizer(found: Found, config: ModelConfig, out: Output) -> None:
 def _describe(found: Found) -> dict[str, Any]:
     """A model's line in the list; ``problem`` says why it can't be used."""
     size = sum(file.stat().st_size for file in found.folder.glob("*.safetensors"))
-    entry: dict[str, Any] = {
-        "name": found.name,
-        "source": found.source,
-        "folder": str(found.folder),
-        "revision": revision_of(found),
-        "bytes": size,
-    }
+    entry = _entry(found.name, found.source, found.folder, revision_of(found), size)
     try:
         config = read_config(found.folder)
         dtype = stored_dtype(match_folder(found.folder, config))
@@ -163,13 +161,18 @@ def _describe(found: Found) -> dict[str, Any]:
     except GptcliError as error:
         return entry | {"problem": error.message}
     parameters = count_params(config).total_stored
-    return entry | {"family": config.family, "parameters": parameters, "dtype": dtype, "problem": None}
+    return entry | {"family": config.family, "parameters": parameters, "dtype": dtype}
 
 
 def _describe_part(name: str, folder: Path, size: int) -> dict[str, Any]:
     problem = f"not whole, `gptcli models pull {name}` goes on"
-    entry = {"name": name, "source": "cache", "folder": str(folder), "revision": None, "bytes": size}
-    return entry | {"problem": problem}
+    return _entry(name, "cache", folder, None, size) | {"problem": problem}
+
+
+def _entry(name: str, source: str, folder: Path, revision: str | None, size: int) -> dict[str, Any]:
+    """What is known of every model; the rest is null until it has been read."""
+    known = {"name": name, "source": source, "folder": str(folder), "revision": revision, "bytes": size}
+    return known | dict.fromkeys(("family", "parameters", "dtype", "problem"))
 
 
 def _columns(out: Output, rows: Sequence[tuple[str, ...]]) -> None:

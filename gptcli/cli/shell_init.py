@@ -61,13 +61,14 @@ def shell_init(
 
     found = find(model)
     folder = found.folder.resolve()  # of whatever folder the shell is in later
+    socket = str(Place.of(runtime_folder(), folder).socket)
     quoted = _fish if shell == "fish" else shlex.quote
     command = [*_gptcli(), "complete", "--widget", "--quiet", "--model", str(folder)]
     limit = time + (_PATIENCE if shutil.which("curl") else _PYTHON)
     values = {
         "KEY": key,
         "BINDING": _bindings[shell](_parse(key)),
-        "SOCKET": quoted(str(Place.of(runtime_folder(), folder).socket)),
+        "SOCKET": quoted(socket),
         "COMMAND": " ".join(map(quoted, command)),
         "COLD": quoted(_cold(None if model is None else str(folder) if found.source == "folder" else model)),
         "GHOST": str(int(ghost)),
@@ -80,7 +81,7 @@ def shell_init(
     text = (_WIDGETS / f"gptcli.{shell}").read_text(encoding="utf-8")
     script = re.sub("@([A-Z_]+)@", lambda match: values[match[1]], text)
     if out.json:
-        out.record({"shell": shell, "key": key, "socket": values["SOCKET"], "script": script})
+        out.record({"shell": shell, "key": key, "socket": socket, "script": script})
     else:
         out.data(script, end="")
 

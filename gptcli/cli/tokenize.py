@@ -75,8 +75,9 @@ def tokenize(
         model, encoding = (model, None) if typed == "model" else (None, encoding)
     options.choice("--special", special, ("text", "parse"))
     options.choice("--keep", keep, ("head", "tail", "middle"))
-    _check(count, ids, pieces, decode, truncate, split, overlap, null, max_, model, encoding, pull, offline)
-    tokenizer = _open(model, encoding, pull, out)
+    options.refuse_offline(ctx, "pull")
+    _check(count, ids, pieces, decode, truncate, split, overlap, null, max_, model, encoding)
+    tokenizer = _open(model, encoding, pull, offline, out)
     arguments, named = _files_to_count(texts or [], count, out)
     found = sources(arguments, [*(file or []), *named], no_stdin=no_stdin, strip=strip, note=out.note)
     work = _Work(out, tokenizer, errors, special == "parse", max_)
@@ -104,8 +105,6 @@ def _check(
     max_: int | None,
     model: str | None,
     encoding: str | None,
-    pull: bool,
-    offline: bool,
 ) -> None:
     modes = {
         "--count": count,
@@ -120,8 +119,6 @@ def _check(
         raise UsageError(f"{' and '.join(given)} ask for different things", "give one of them")
     if model and encoding:
         raise UsageError("--model and --encoding both name a tokenizer", "give one of them")
-    if pull and offline:
-        raise UsageError("--pull and --offline contradict each other", "give one of them")
     for name, value, least in (("--truncate", truncate, 0), ("--split", split, 1), ("--max", max_, 0)):
         if value is not None and value < least:
             raise UsageError(f"{name} {value} is out of range", f"it should be {least} or more")
@@ -131,18 +128,18 @@ def _check(
         raise UsageError("-0 ends the pieces of --split, and there is none", "add --split N")
 
 
-def _open(model: str | None, encoding: str | None, pull: bool, out: Output) -> Tokenizer:
+def _open(model: str | None, encoding: str | None, pull: bool, offline: bool, out: Output) -> Tokenizer:
     from gptcli.spec.library import hub_is_offline
     from gptcli.text.tokenizer import Tokenizer
 
     if encoding:
-        return Tokenizer.from_encoding(encoding, download=pull and not hub_is_offline())
+        return Tokenizer.from_encoding(encoding, download=pull and not (offline or hub_is_offline()))
     from gptcli.cli.opening import find, open_tokenizer
 
     if pull and model:
         from gptcli.cli.models_pull import get_if_missing
 
-        get_if_missing(model, offline=False, out=out)
+        get_if_missing(model, offline=offline, out=out)
     return open_tokenizer(find(model), out)
 
 

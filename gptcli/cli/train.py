@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -9,6 +10,7 @@ from typing import Annotated
 import typer
 
 from gptcli.cli import options
+from gptcli.cli.input import stdin_has_data
 from gptcli.cli.out import Output
 from gptcli.errors import UsageError
 from gptcli.spec.presets import NAMES
@@ -209,6 +211,8 @@ def train(
     typed = {name for name, source in strength.items() if source >= options.TYPED}
     resumed = read_resumed(said, asked, out, typed) if resume else None
     asked = resumed.asked if resumed else asked
+    if not asked.data and "-" not in asked.valid and stdin_has_data():
+        asked = replace(asked, data=("-",))
     check(asked)
     if not asked.data:
         missing = (

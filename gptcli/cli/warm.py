@@ -178,8 +178,10 @@ def start_process(place: Place, folder: Path, asked: Mapping[str, str], threads:
     if threads is not None:
         options.append(f"--threads={threads}")
     command = [sys.executable, "-m", "gptcli", "serve", "--model", str(folder), f"--idle={IDLE_MINUTES}"]
-    # What this command was told by the environment is in the options; the rest is none of the process's business.
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("GPTCLI_")}
+    # What this command was told by the environment is in the options; the rest is none of the process's business, but
+    # whether its log is to have tracebacks.
+    told_apart = {key for key in os.environ if key.startswith("GPTCLI_") and key != "GPTCLI_DEBUG"}
+    environment = {key: value for key, value in os.environ.items() if key not in told_apart}
     try:
         log = os.open(place.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:

@@ -145,6 +145,11 @@ def chosen_compiler() -> str | None:
     return os.environ.get("CXX") or None
 
 
+def debugging() -> bool:
+    """Whether whoever runs this wants to see tracebacks."""
+    return os.environ.get("GPTCLI_DEBUG") == "1"
+
+
 def torch_version() -> str:
     """PyTorch's version, with what it was built for."""
     return str(torch.__version__)

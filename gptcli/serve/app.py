@@ -133,7 +133,7 @@ async def _answer_error(request: Request, error: Exception) -> Response:
 
 
 async def _answer_fault(request: Request, error: Exception) -> Response:
-    """What should not happen; the log has the traceback."""
+    """What should not happen; the log tells of it, too."""
     return JSONResponse(error_object(GptcliError(f"a fault of gptcli: {type(error).__name__}: {error}")), 500)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import signal
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -11,12 +12,25 @@ from collections.abc import Callable, Iterator, Sequence
 import uvicorn
 from starlette.types import ASGIApp
 
+from gptcli.core import runtime
 from gptcli.serve.app import Service
 from gptcli.serve.connection import bounded
 from gptcli.serve.limits import Limits
 
 # Seconds for answers that are being given when the process is asked to end.
 _GRACE = 3
+
+
+# Of what a request failed of, uvicorn's for the routes whose faults go through to it.
+_LOGGERS = ("gptcli.serve", "uvicorn.error")
+
+
+def _in_one_line(record: logging.LogRecord) -> bool:
+    """Have a log tell of a fault in one line; its traceback is for who debugs, as everywhere in gptcli."""
+    if record.exc_info and not runtime.debugging():
+        record.msg, record.args = f"{record.getMessage().strip()}: {record.exc_info[1]!r}", ()
+        record.exc_info = record.exc_text = None
+    return True
 
 
 class _Server(uvicorn.Server):
@@ -85,6 +99,8 @@ async def _serve(
         date_header=False,
         timeout_graceful_shutdown=_GRACE,
     )
+    for name in _LOGGERS:
+        logging.getLogger(name).addFilter(_in_one_line)
     server = _Server(config, ready)
     ended_by: list[int] = []
 

@@ -410,13 +410,13 @@ class _Run:
 
     def _roll_back(self, failed: int) -> Event:
         """After several steps in vain: back to the last checkpoint, with a smaller learning rate."""
-        step, seconds, skipped, rollbacks = self.step, self._seconds(), self.skipped, self.rollbacks + 1
+        before, seconds, skipped, rollbacks = self._position(), self._seconds(), self.skipped, self.rollbacks + 1
         own = state.checkpoints(self.out) if self.resumed or self.saves else iter(())
         checkpoint = next(own, None)
         if checkpoint is None or rollbacks > _MOST_ROLLBACKS:
             where = "before the first checkpoint" if checkpoint is None else "again and again"
             raise DivergedError(
-                f"the loss or its gradient was not finite for {failed} steps in a row, {where} (step {step})",
+                f"the loss or its gradient was not finite for {failed} steps in a row, {where} (step {self.step})",
                 "start anew with --force and a smaller --lr, or --dtype float32",
             )
         smaller = self.lr_scale * _BACK_OFF
@@ -425,4 +425,4 @@ class _Run:
             # What happened has happened, though the weights are the old ones.
             self.seconds_before, self.skipped, self.rollbacks, self.lr_scale = seconds, skipped, rollbacks, smaller
             self.began = time.perf_counter()
-        return {"event": "rollback", "step": step, "to_step": self.step, "lr_scale": smaller}
+        return {"event": "rollback", **before, "to_step": self.step, "lr_scale": smaller}

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from gptcli.cli.out import Output
 from gptcli.core import measure
 from gptcli.core.measure import Machine
 from gptcli.train import measure as train_measure
@@ -114,10 +115,19 @@ def test_text_is_a_table(bench: Run) -> None:
     assert (done.code, done.err) == (0, b"")
     lines = done.out.decode().splitlines()
     assert lines[0].startswith("tiny on cpu in float32, ")
+    *lines, record = lines  # of a pipe the last line is what --json gives
+    told = json.loads(record)
+    assert [figure["part"] for figure in told["figures"]] == ["load", "prefill", "decode", "train", "tokenize"]
     names = ["load", "prefill 8", "decode 8 + 2, batch 2", "train 2048 a step", "tokenize"]
     assert [line.split("  ")[0] for line in lines[2:-1]] == names
     assert lines[-1] == "the machine: memory 3.0 GB/s, products in float32 4.0 GFLOP/s"
     assert all("%" in line for line in lines[2:-1])
+
+
+def test_a_terminal_is_spared_the_record(bench: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Output, "on_terminal", property(lambda self: True))
+    done = bench("--only", "prefill", "--prompt", "3")
+    assert done.out.decode().splitlines()[-1].startswith("the machine:")
 
 
 def test_what_is_measured_is_told_with_v(bench: Run) -> None:

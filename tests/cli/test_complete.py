@@ -10,6 +10,8 @@ import pytest
 
 from gptcli.cli import complete as command
 from gptcli.cli.out import Output
+from gptcli.serve.place import Place, claim, runtime_folder
+from gptcli.spec.library import resolve
 from gptcli.text.ends import UNTIL
 from tests.cli.conftest import Run
 
@@ -101,6 +103,19 @@ def test_a_deadline_answers(complete: Run) -> None:
     done = complete("Once upon a", "--deadline", "1ms", "--json")
     assert done.code == 0
     assert isinstance(done.json["late"], bool)
+
+
+def test_a_warm_process_that_is_late_leaves_an_answer_of_all_fields(run: Run) -> None:
+    silent = claim(Place.of(runtime_folder(), resolve("fable").folder))
+    assert silent is not None
+    try:
+        done = run("complete", "a", "--deadline", "1ms", "--json")
+    finally:
+        silent.release()
+    assert (done.code, done.err) == (0, b"")
+    assert done.json.keys() == FIELDS
+    assert (done.json["model"], done.json["late"], done.json["completions"]) == ("fable", True, [])
+    assert [done.json[name] for name in ("device", "dtype", "quantize")] == [None] * 3
 
 
 def test_a_line_end_within_a_text_stays_on_its_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -130,10 +130,17 @@ def test_every_preset_in_every_format(count: Run, preset: str) -> None:
         assert preset.encode() in done.out or format == "markdown"
 
 
-def test_the_contracts_object_gets_three_more_fields(count: Run) -> None:
+def test_the_object_has_memory_and_flops_asked_for_or_not(count: Run) -> None:
     plain, all_ = counted(count("gpt2", "--json")), counted(count("gpt2", *ALL, "--json"))
     assert {name: all_[name] for name in plain} == plain
-    assert all_.keys() - plain.keys() == {"memory", "flops", "gpus"}
+    assert all_.keys() - plain.keys() == {"gpus"}
+    for view in (("--memory",), ("--flops",), ("--by", "layer"), ("--by", "tensor")):
+        value = counted(count("gpt2", *view, "--json"))
+        assert (value["memory"], value["flops"]) == (all_["memory"], all_["flops"])
+    several = [json.loads(line) for line in count("gpt2", "gpt3", "--json").out.splitlines()]
+    assert [value["flops"]["context"] for value in several] == [1024, 2048]
+    assert counted(count("gpt2", "--context", "5", "--json"))["memory"]["context"] == 5
+    assert counted(count("--diff", "gpt2", "gpt3", "--json")).keys().isdisjoint({"memory", "flops"})
 
 
 def test_the_table_is_left_out_unless_asked_for(count: Run) -> None:
@@ -183,10 +190,11 @@ def test_a_folder_has_the_same_as_its_configuration(count: Run, tiny_folder: Pat
     ],
 )
 def test_wrong_use(count: Run, args: tuple[str, ...], code: int, told: str) -> None:
-    done = count(*args, "--json") if "csv" not in args else count(*args)
+    in_json = "csv" not in args and told != "--memory"  # where --context says something alone
+    done = count(*args, "--json") if in_json else count(*args)
     assert (done.code, done.out) == (code, b"")
     assert told in done.err.decode()
-    if "csv" not in args:
+    if in_json:
         assert json.loads(done.err)["error"]["hint"]
 
 
@@ -194,5 +202,8 @@ def test_a_setting_for_another_command_is_no_mistake(count: Run, monkeypatch: py
     monkeypatch.setenv("GPTCLI_CONTEXT", "64")
     assert count("gpt2").code == 0
     assert counted(count("gpt2", "--memory", "--json"))["memory"]["context"] == 64
+    assert counted(count("gpt2", "--json"))["memory"]["context"] == 1024
+    monkeypatch.setenv("GPTCLI_CONTEXT", "4096")
+    assert counted(count("gpt2", "--json"))["flops"]["context"] == 1024
     monkeypatch.setenv("GPTCLI_GPUS", "8x80GB")
     assert count("--diff", "gpt2", "gpt3").code == 0

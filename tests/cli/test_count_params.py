@@ -96,6 +96,8 @@ def test_json_has_the_fields_of_the_contract(count: Run) -> None:
         "total",
         "total_stored",
         "tied",
+        "memory",
+        "flops",
     }
     assert value.keys() == fields
     assert (value["model"], value["tied"]) == ("gpt3", True)
@@ -254,6 +256,18 @@ def test_a_cut_file_is_3(count: Run, small: Path, tmp_path: Path) -> None:
         assert count(folder).code == 3
 
 
+def test_text_as_every_other_command_has_it_is_the_table(
+    count: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = count("gpt2").out
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    (tmp_path / "gptcli").mkdir()
+    (tmp_path / "gptcli" / "config.toml").write_text('format = "text"\n')
+    done = count("gpt2")
+    assert (done.code, done.out) == (0, table)
+    assert count("gpt2", "--json").json["model"] == "gpt2"
+
+
 def test_what_is_no_model(count: Run, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("x")
     assert count(tmp_path / "notes.txt").code == 2
@@ -263,6 +277,7 @@ def test_what_is_no_model(count: Run, tmp_path: Path) -> None:
     assert b"gpt3" in unknown.err
     assert count("gpt2", "--format", "xml").code == 2
     assert count("gpt2", "--json", "--format", "csv").code == 2
+    assert count("gpt2", "--json", "--format", "text").code == 2
     # Nothing of the first is lost, and the second is an error.
     both = count("gpt2", "gpt5", "--json")
     assert both.code == 3

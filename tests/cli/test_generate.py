@@ -183,6 +183,13 @@ def test_more_samples_than_fit_at_once_are_all_there(generate: Run) -> None:
     assert several[17]["tokens"] == continued(generate("Once", "-n", "3", "--json", "--seed", "17"))["tokens"]
 
 
+def test_one_sample_has_its_number_where_it_was_asked_for(generate: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    (one,) = lines(generate("Once", "-n", "2", "--json", "--num-samples", "1", "--seed", "4"))
+    assert (one["index"], one["seed"]) == (0, 4)
+    monkeypatch.setenv("GPTCLI_NUM_SAMPLES", "1")
+    assert "index" not in continued(generate("Once", "-n", "2", "--json"))
+
+
 def test_samples_in_a_pipe_are_documents_parted_by_their_separator(generate: Run) -> None:
     args = ("Once upon", "-n", "12", "--seed", "40", "--num-samples", "3")
     texts = [value["text"] for value in lines(generate(*args, "--json"))]
@@ -220,6 +227,15 @@ def test_what_memory_held_before_does_not_reach_a_batch(generate: Run, tmp_path:
 def test_a_batch_comes_from_stdin_too(generate: Run) -> None:
     done = generate("--batch", "-", "-n", "3", "--seed", "1", "--json", stdin=b'{"prompt": "A", "seed": 5}\n')
     assert [value["seed"] for value in lines(done)] == [5]
+    refused = generate("--batch", "-", "--no-stdin", "--json", stdin=b'{"prompt": "A"}\n')
+    assert (refused.code, refused.out) == (2, b"")
+    assert b"--no-stdin" in refused.err
+
+
+def test_a_batch_in_a_file_leaves_a_pipe_alone(generate: Run, tmp_path: Path) -> None:
+    (tmp_path / "batch.jsonl").write_text('{"prompt": "A"}\n')
+    done = generate("--batch", tmp_path / "batch.jsonl", "-n", "2", "--json", stdin=b"no object\n")
+    assert [value["prompt"] for value in lines(done)] == ["A"]
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,8 @@ def test_list_names_what_can_not_be_run_and_why(run: Run, cache: Path) -> None:
     assert "mamba" in entry["problem"]
     assert "state-space" in entry["problem"]
     assert str(cache) not in entry["problem"]
+    assert all(other.keys() == entry.keys() for other in entries)
+    assert (entry["family"], entry["parameters"], entry["dtype"]) == (None, None, None)
     assert b"mamba" in run("models", "list").out
 
 
@@ -197,8 +199,11 @@ def test_verify_finds_a_changed_file(run: Run, copy: Path, name: str) -> None:
 def test_verify_finds_a_missing_file_and_bad_sums(run: Run, copy: Path) -> None:
     (copy / "tokenizer.json").rename(copy / "elsewhere.json")
     assert run("models", "verify", copy).code == 6
-    (copy / "SHA256SUMS").write_text("nonsense\n")
-    assert run("models", "verify", copy).code == 3
+    for sums in (b"nonsense\n", b"\xff\n"):
+        (copy / "SHA256SUMS").write_bytes(sums)
+        done = run("models", "verify", copy)
+        assert done.code == 6
+        assert b"SHA256SUMS" in done.err
 
 
 def test_verify_reads_the_hashes_in_the_cache(run: Run, cache: Path, tiny_folder: Path) -> None:

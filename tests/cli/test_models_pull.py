@@ -471,11 +471,30 @@ def test_commands_pull_when_told_to(run: Run, hub: StandIn, tiny: str) -> None:
     assert run("tokenize", "-m", NAME, "--pull", "x").code == 0
     assert run("count-params", NAME, "--pull").code == 0
     assert not hub.requests
-    for command in (("tokenize", "x", "-m"), ("count-params", "-m"), ("train", "--plan", "--init-from")):
-        hub.add("owner/" + command[0], of(hub, NAME))
-        done = run(*command, "owner/" + command[0], "--pull")
-        assert resolve("owner/" + command[0]).source == "cache", done.err
+    commands: tuple[tuple[str, ...], ...] = (
+        *(("tokenize", "x", "-m"), ("count-params", "-m"), ("models", "show"), ("models", "verify")),
+        *(("train", "--plan", "--init-from"), ("train", "--plan", "--layers", "1", "--tokenizer")),
+    )
+    for number, command in enumerate(commands):
+        name = f"owner/number-{number}"
+        hub.add(name, of(hub, NAME))
+        done = run(*command, name, "--pull")
+        assert resolve(name).source == "cache", done.err
     refused(run("generate", "-m", "owner/none", "--pull", "x"), 3, "no public model owner/none")
+
+
+def test_an_offline_setting_forbids_only_what_would_be_fetched(
+    run: Run, hub: StandIn, tiny: str, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GPTCLI_OFFLINE", "1")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tiny_folder / "none"))
+    for command in (("tokenize", "x", "-m"), ("models", "verify")):
+        assert run(*command, tiny_folder, "--pull").code == 0
+        refused(run(*command, NAME, "--pull"), 3, "offline")
+    # Of an encoding, too; one that nobody else loads, since tiktoken keeps what it has loaded.
+    refused(run("tokenize", "x", "--pull", "-e", "p50k_edit"), 3, "p50k_edit is not on this machine")
+    assert not hub.requests
+    refused(run("tokenize", "x", "--pull", "--offline", "-m", str(tiny_folder)), 2, "--pull and --offline")
 
 
 def of(hub: StandIn, name: str) -> dict[str, bytes]:

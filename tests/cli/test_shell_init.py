@@ -35,6 +35,20 @@ def test_the_key_says_what_would_warm_the_model(
     assert "gptcli serve -m fable starts it" in run("shell-init", "bash", "-m", "fable").out.decode()
 
 
+@pytest.mark.parametrize("shell", ["zsh", "bash", "fish"])
+def test_json_has_the_plain_path_of_the_socket(
+    run: Run, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shell: str
+) -> None:
+    """Only the script needs the shell's quotes."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "a folder"))
+    (tmp_path / "a folder").mkdir(mode=0o700)
+    told = run("shell-init", shell, "-m", tiny_folder, "--json").json
+    assert told.keys() == {"shell", "key", "socket", "script"}
+    assert told["socket"] == str(Place.of(runtime_folder(), tiny_folder).socket)
+    assert " " in told["socket"]
+    assert f"'{told['socket']}'" in told["script"]
+
+
 @pytest.mark.parametrize(
     "options",
     [("sh",), ("bash", "--ghost"), ("zsh", "--key", "F12"), ("zsh", "--key", "ctrl-c"), ("zsh", "--deadline", "soon")],

@@ -197,11 +197,18 @@ def test_packed_data_and_stdin_are_the_same_data(train: Run, text: Path, tmp_pat
     (tmp_path / "text.xz").write_bytes(lzma.compress(TEXT.encode()))
     results = []
     for i, (name, stdin) in enumerate(
-        ((text, None), (tmp_path / "text.gz", None), (tmp_path / "text.xz", None), ("-", TEXT.encode()))
+        (
+            (text, None),
+            (tmp_path / "text.gz", None),
+            (tmp_path / "text.xz", None),
+            ("-", TEXT.encode()),
+            (None, TEXT.encode()),
+        )
     ):
-        told = events(train(name, "--steps", "2", "--seed", "1", "-o", tmp_path / str(i), stdin=stdin))
+        named = [name] if name else []  # a pipe needs no name
+        told = events(train(*named, "--steps", "2", "--seed", "1", "-o", tmp_path / str(i), stdin=stdin))
         results.append((told[0]["train_bytes"], told[0]["train_tokens"], told[1]["loss"], told[2]["loss"]))
-    assert results == [results[0]] * 4
+    assert results == [results[0]] * 5
 
 
 def test_a_file_named_twice_counts_twice(train: Run, text: Path, tmp_path: Path) -> None:

@@ -250,7 +250,7 @@ def test_relative_paths_go_on_from_elsewhere(
 
 def test_standard_input_is_given_again(train: Run, interrupt_at: Interrupt) -> None:
     interrupt_at(2)
-    train("-", "--steps", "4", stdin=TEXT.encode())
+    train("--steps", "4", stdin=TEXT.encode())
     interrupt_at(None)
     refused(train("--resume", bare=True))
     refused(train("--resume", bare=True, stdin=b"Another text, of enough words to be a text to train on. " * 9))

@@ -61,6 +61,9 @@ def test_wrong_use_is_2(train: Run, text: Path, options: tuple[str, ...]) -> Non
 def test_no_data_and_no_folder_are_wrong_use(train: Run, run: Run, text: Path) -> None:
     assert "nothing to train on" in refused(train("--steps", "1"))
     assert "no folder" in refused(run("train", text, "--json"))
+    # A pipe that is the text to evaluate on is not the one to train on, too.
+    assert "nothing to train on" in refused(train("--valid", "-", "--steps", "1", stdin=b"x"))
+    assert "stdin can be read only once" in refused(train("--vocab-size", "300", "--steps", "1", stdin=b"x"))
 
 
 def test_what_excludes_each_other_is_named(train: Run, text: Path, tiny_folder: Path) -> None:

@@ -17,6 +17,8 @@ from typing import IO, Any
 
 import pytest
 
+from gptcli.cli.warm import start_process
+from gptcli.errors import GptcliError
 from gptcli.serve.client import Client, GoneError
 from gptcli.serve.place import Place, claim, runtime_folder
 from tests.conftest import PATIENCE, ROOT, Gptcli
@@ -66,6 +68,51 @@ def start(folder: Path) -> Iterator[Start]:
         process.wait()
         assert process.stderr
         process.stderr.close()
+
+
+# gptcli where reading one text fails as nobody expected.
+FAILING = """
+import sys
+from gptcli.cli import main
+from gptcli.text.tokenizer import Tokenizer
+encode = Tokenizer.encode
+def failing(self, text, **more):
+    if "fail" in text:
+        raise RuntimeError("it\\nbroke")
+    return encode(self, text, **more)
+Tokenizer.encode = failing
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_a_fault_is_a_line_and_a_traceback_is_for_who_debugs(folder: Path, debug: bool) -> None:
+    """Of a route of the API, and of one of our own, which uvicorn tells of."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "GPTCLI_DEBUG": str(int(debug))}
+    command = [sys.executable, "-c", FAILING, "serve", "-m", str(folder), "--dtype", "float32"]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, env=env) as process:
+        assert process.stderr
+        line_with(b"is warm at", process.stderr)
+        client = Client(place_of(folder), timeout=PATIENCE)
+        for path, asked in (("/tokenize", {"prompt": "fail"}), ("/gptcli/complete", {"prefix": "fail"})):
+            with pytest.raises(GptcliError):
+                client.post(path, asked)
+        client.post("/gptcli/stop", {})
+        said = process.stderr.read().decode()
+    assert said.count(r"RuntimeError('it\nbroke')") == (0 if debug else 2)
+    assert ("Traceback" in said) == debug
+    assert len(said.splitlines()) == 2 or debug
+
+
+def test_a_started_process_is_told_of_no_setting_but_that_somebody_debugs(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: dict[str, str] = {}
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **more: told.update(more["env"]))
+    monkeypatch.setenv("GPTCLI_TEMPERATURE", "2")
+    monkeypatch.setenv("GPTCLI_DEBUG", "1")
+    start_process(place_of(folder), folder, {})
+    assert {name: value for name, value in told.items() if name.startswith("GPTCLI_")} == {"GPTCLI_DEBUG": "1"}
 
 
 @pytest.fixture
