@@ -20,7 +20,7 @@ def remove(
         str,
         typer.Argument(metavar="ID", help="A model in the Hub's cache.", autocompletion=options.model_names),
     ],
-    yes: Annotated[bool, options.typed_option("--yes", "-y", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
     """Remove a model from the Hub's cache.
 

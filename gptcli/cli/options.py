@@ -11,8 +11,7 @@ import typer
 
 from gptcli.errors import UsageError
 
-# An option that takes no value from the settings: one that ends, replaces or removes something, or has its command do
-# something else than what it is for.
+# An option that takes no value from the settings: an action of one command, whose name means something else to others.
 typed_option = partial(typer.Option, allow_from_autoenv=False)
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from gptcli.cli.table import Table
     from gptcli.spec.placing import Placing
 
-Plan = Annotated[bool, options.typed_option("--plan", help="Only say what each card would hold, and whether it fits.")]
+Plan = Annotated[bool, typer.Option("--plan", help="Only say what each card would hold, and whether it fits.")]
 Gpus = Annotated[
     str | None,
     typer.Option("--gpus", metavar="CARDS", help="With --plan: cards and their memory, as 8x141GB; this machine's."),

@@ -31,14 +31,9 @@ def train(
     ] = None,
     out: Annotated[Path | None, run_option("--out", "-o", metavar="DIR", help="The model folder to write.")] = None,
     resume: Annotated[bool, run_option("--resume", help="Go on from the last checkpoint in DIR.")] = False,
-    force: Annotated[
-        bool, options.typed_option("--force", help="Replace what is in DIR.", rich_help_panel="Run")
-    ] = False,
+    force: Annotated[bool, run_option("--force", help="Replace what is in DIR.")] = False,
     plan: Annotated[
-        bool,
-        options.typed_option(
-            "--plan", help="Only say what each rank would hold, and whether it fits.", rich_help_panel="Run"
-        ),
+        bool, run_option("--plan", help="Only say what each rank would hold, and whether it fits.")
     ] = False,
     gpus: Annotated[
         str | None,

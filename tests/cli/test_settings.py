@@ -64,15 +64,12 @@ def test_what_has_to_be_typed_is_listed() -> None:
         for param in leaf.params
         if not is_setting(param)
     }
-    planning = {f"{command} plan" for command in ("generate", "score", "serve", "train", "count-params")}
-    assert no_settings == planning | {
+    assert no_settings == {
         "serve status",
         "serve stop",
         "serve ready_fd",
         "complete widget",
-        "train force",
         "models force",  # export's; that of pull is a setting
-        "models yes",
     }
 
 
@@ -164,7 +161,6 @@ def test_numbers_in_the_file_may_be_text_for_an_option(
 
 def test_cards_for_a_plan_are_none_of_a_run(run: Run, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GPTCLI_GPUS", "2x80GB")
-    monkeypatch.setenv("GPTCLI_PLAN", "1")
     done = run("score", "a b", "-m", tiny_folder, "--json")
     assert (done.code, "total_bits" in done.json) == (0, True), done.err
     assert b"2 cards of 80 GB" in run("generate", "-m", tiny_folder, "--plan").out
