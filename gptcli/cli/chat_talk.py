@@ -90,7 +90,7 @@ class Chat:
         """Take the last question and its answer back. Raises UsageError where there is none."""
         question = self.conversation.undo()
         if question is None:
-            raise UsageError("there is nothing to take back", "")
+            raise UsageError("there is nothing to take back", "ask something first")
         self.retries, self._unanswered = 0, None
         self._save()
         self.out.note(f"taken back: {_beginning(question)}")

@@ -255,7 +255,7 @@ def _tell(out: Output, asked: list[Place]) -> None:
         try:
             told = Client(place, timeout=5).get("/gptcli/status")
         except GoneError:
-            told = {"model": place.name, "starting": True}
+            told = {"model": place.model, "starting": True}
         told["socket"] = str(place.socket)
         if out.json:
             out.record(told)

@@ -74,6 +74,11 @@ class Place:
         return cls(runtime, f"{model.resolve().name[:24]}-{key}")
 
     @property
+    def model(self) -> str:
+        """What its folder is called (the beginning of it, where that is long)."""
+        return self.name.rpartition("-")[0]
+
+    @property
     def socket(self) -> Path:
         return self.folder / f"{self.name}.sock"
 

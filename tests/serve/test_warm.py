@@ -371,6 +371,15 @@ def test_what_keeps_a_process_from_starting_is_told(gptcli: Gptcli, folder: Path
     assert b"the warm process could not start" in done.stderr
 
 
+def test_status_tells_of_one_that_loads(gptcli: Gptcli, folder: Path) -> None:
+    """Whoever connects is listened to, and nobody answers yet."""
+    held = claim(place_of(folder))
+    assert held
+    told = json.loads(gptcli("serve", "--status", "--json").stdout)
+    held.release()
+    assert told == {"model": "tiny", "starting": True, "socket": str(place_of(folder).socket)}
+
+
 def test_only_loopback_is_served(gptcli: Gptcli) -> None:
     for address in ("0.0.0.0:8000", "192.168.1.2:80", "example.org:80", "8000x", "99999"):
         done = gptcli("serve", "--http", address)
