@@ -232,7 +232,7 @@ def test_only_the_named_command_is_loaded(tmp_path: Path) -> None:
         "import sys\nfrom gptcli.cli import main\nmain(sys.argv[1:])\n"
         "print(sorted(name for name in sys.modules if name.startswith('gptcli.cli.')), file=sys.stderr)"
     )
-    for args, extra in (([], set()), (["generate"], {"generate", "input", "placing", "ranks", "warm"})):
+    for args, extra in (([], set()), (["generate"], {"generate", "input", "options", "placing", "ranks", "warm"})):
         done = subprocess.run(
             [sys.executable, "-c", code, *args, "--help"],
             capture_output=True,
@@ -240,4 +240,4 @@ def test_only_the_named_command_is_loaded(tmp_path: Path) -> None:
             check=True,
         )
         loaded = {name.removeprefix("gptcli.cli.") for name in json.loads(done.stderr.decode().replace("'", '"'))}
-        assert loaded == {"out", "options", "values"} | extra
+        assert loaded == {"out", "settings", "values"} | extra

@@ -492,7 +492,7 @@ def test_a_step_can_be_the_last(person: Callable[..., Person], key: bytes, code:
     assert "Embedding" not in reader.seen
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, 143)])
 def test_the_terminal_is_put_back_when_a_signal_ends_the_wait(
     person: Callable[..., Person], number: int, code: int
 ) -> None:
