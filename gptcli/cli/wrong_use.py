@@ -73,9 +73,9 @@ def _as_text(command: Any, path: str, typed: Sequence[str], *, begins: bool) -> 
     options, texts, unknown = _parted(command, typed)
     if begins and (not unknown or _LIKE_AN_OPTION.fullmatch(unknown[0])):  # the first is what the parser speaks of
         return None
-    dashed = any(text.startswith("-") and text != "-" for text in texts)
-    if argument.nargs == 1:
-        texts = [" ".join(texts)]
+    whole = [" ".join(texts)] if argument.nargs == 1 else texts
+    dashed = any(text.startswith("-") and text != "-" for text in (*texts, *whole))
+    texts = whole
     written = [*options, "--", *texts] if dashed else [*texts, *options]
     if sum(map(len, written)) > _LONGEST:
         written = [_short(word) for word in written]

@@ -28,6 +28,7 @@ def hint(run: Run, line: str) -> str:
         ("generate Once --system 'be kind' upon --stop 'The end'", None),  # generate has no --system
         ("chat Hello there --system 'be kind'", "chat 'Hello there' --system 'be kind'"),
         ("complete Once upon", "complete 'Once upon'"),
+        ("generate - milk", "generate -- '- milk'"),
         ("trace -- Once -5 -q", "trace -- 'Once -5 -q'"),
         ("models show a b", None),  # no text
     ],
