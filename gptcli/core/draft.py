@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 
 # Tokens looked up at a time. Sixteen at once cost a native step three or four times what one costs.
 _MOST = 15
-# What a token that is looked up costs, in steps: a tenth where the weights come from memory, half where they are few.
-_COST = 0.5
+# What a token that is looked up costs, in steps: a tenth where the weights come from memory, half where they are few;
+# and where they are multiplied by tiles, a tenth in any case.
+COST, COST_BY_TILES = 0.5, 0.1
 # Steps that looking up may cost before it has gained any; what it may have in store; and what each step without it
 # allows again, so that a text without repeats pays a hundredth at most for a look now and then.
 _CREDIT, _MOST_CREDIT, _ALLOWED = 2.0, 8.0, 0.01
@@ -81,18 +82,19 @@ class Allowance:
     up. So the loss has a bound, and a text that begins to repeat is found again.
     """
 
-    def __init__(self) -> None:
-        self._credit = _CREDIT
+    def __init__(self, cost: float = COST) -> None:
+        """``cost``: of a token that is looked up, in steps."""
+        self._cost, self._credit = cost, _CREDIT
         self._longest = 3  # a proposal; a right one makes the next longer
 
     def step(self) -> int:
         """One more step is to be taken where there is a guess: with so many tokens looked up, at most."""
         self._credit = min(self._credit + _ALLOWED, _MOST_CREDIT)
-        return min(int(self._credit / _COST), self._longest)
+        return min(int(self._credit / self._cost), self._longest)
 
     def tell(self, drafted: int, accepted: int) -> None:
         """What came of a proposal."""
-        self._credit += accepted - _COST * drafted
+        self._credit += accepted - self._cost * drafted
         self._longest = min(accepted + 3, _MOST)
 
 
@@ -105,11 +107,12 @@ class Lookup:
 
     exact_only = True
 
-    def __init__(self) -> None:
+    def __init__(self, cost: float = COST) -> None:
+        """``cost``: as of ``Allowance``."""
         self._text: list[int] = []
         self._after: dict[tuple[int, ...], int] = {}  # the last tokens of a place -> where it goes on
         self._found: int | None = None  # where the text's end stood before, and went on
-        self._allowance = Allowance()
+        self._allowance = Allowance(cost)
 
     def start(self, ids: Sequence[int], capacity: int) -> None:
         self._text = list(ids[:-1])

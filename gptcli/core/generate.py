@@ -126,7 +126,8 @@ def generate(
         plain_draw = Draw(sampling, model.stepping.library)
         draw: Callable[..., Tensor] = plain_draw
         if len(rows) == 1 and (draft or lookup):
-            drafter = DraftModel(draft, sampling, rows[0].request.seed) if draft else Lookup()
+            costs = plain.stepping.looking_costs
+            drafter = DraftModel(draft, sampling, rows[0].request.seed) if draft else Lookup(costs)
             decoder = ahead = Ahead(plain, drafter, timing)
             ahead.begin(rows[0].window, capacity)
             draw = partial(ahead.draw, plain_draw)

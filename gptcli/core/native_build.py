@@ -53,6 +53,11 @@ class Library:
     compiler: str
     seconds: float | None = None
 
+    @property
+    def tiles(self) -> bool:
+        """Whether bfloat16 is multiplied by tiles, some rows at the price of one."""
+        return "AMX" in self.features
+
 
 def flags() -> tuple[str, ...]:
     """The compiler's flags for this machine."""

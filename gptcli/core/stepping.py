@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from gptcli.core import graphs, native, native_build, runtime
 from gptcli.core.cache import KVCache
 from gptcli.core.compiled import Compiled
+from gptcli.core.draft import COST, COST_BY_TILES
 from gptcli.core.lean import Lean, worth_packing
 from gptcli.core.model import Transformer
 from gptcli.core.settings import Sampling
@@ -183,6 +184,12 @@ class Stepping:
                 return None
         self._loop_user = weakref.ref(user)
         return self._loop
+
+    @property
+    def looking_costs(self) -> float:
+        """What it costs to look at one token more in a step, in steps (see ``Lookup``)."""
+        by_tiles = self._library is not None and self._library.tiles and not self._quantized
+        return COST_BY_TILES if by_tiles and self.transformer.embedding.weight.dtype == torch.bfloat16 else COST
 
     @property
     def together(self) -> bool:

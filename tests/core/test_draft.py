@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gptcli.core.build import Model, open_model, random_model
-from gptcli.core.draft import Allowance, Lookup, accept_or_draw
+from gptcli.core.draft import COST, COST_BY_TILES, Allowance, Lookup, accept_or_draw
 from gptcli.core.draft_model import check_pair
 from gptcli.core.generate import generate
 from gptcli.core.requests import Request, Step, Timing
@@ -78,20 +78,22 @@ def test_a_lookup_is_a_scan_of_the_text(start: int) -> None:
     assert 100 < found < len(ids)
 
 
-def test_what_is_looked_up_in_vain_has_a_bound() -> None:
+@pytest.mark.parametrize("cost", [COST, COST_BY_TILES])
+def test_what_is_looked_up_in_vain_has_a_bound(cost: float) -> None:
     """And what it costs in the long run is a hundredth of the steps."""
-    allowance, spent = Allowance(), []
+    allowance, spent = Allowance(cost), []
     for _ in range(5000):
         asked = allowance.step()
         spent.append(asked)
         if asked:
             allowance.tell(asked, 0)
-    assert sum(spent[:50]) <= 6
-    assert sum(spent[50:]) / 4950 < 0.025
+    assert sum(spent[:50]) * cost <= 3
+    assert sum(spent[50:]) * cost / 4950 < 0.0125
 
 
-def test_what_is_looked_up_rightly_grows() -> None:
-    allowance, asked = Allowance(), []
+@pytest.mark.parametrize("cost", [COST, COST_BY_TILES])
+def test_what_is_looked_up_rightly_grows(cost: float) -> None:
+    allowance, asked = Allowance(cost), []
     for _ in range(6):
         asked.append(allowance.step())
         allowance.tell(asked[-1], asked[-1])
