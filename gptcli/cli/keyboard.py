@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from gptcli.core.signals import not_ignored
+
 
 @contextlib.contextmanager
 def silent() -> Iterator[None]:
@@ -53,8 +55,3 @@ def raised_on_termination() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def not_ignored(*numbers: signal.Signals) -> list[signal.Signals]:
-    """Those of some signals that are heard: what nohup, or a shell's ``&``, has had ignored stays ignored."""
-    return [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]

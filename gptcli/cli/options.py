@@ -35,7 +35,8 @@ def complete_value(param: Any) -> None:
 
     if getattr(param, "_custom_shell_complete", None) is not None:
         return
-    names = one_of(*choices_of(param)) if choices_of(param) else model_names if param.metavar == "MODEL" else None
+    choices = choices_of(param)
+    names = one_of(*choices) if choices else model_names if param.metavar == "MODEL" else None
     if names is not None:
         param._custom_shell_complete = lambda ctx, param, incomplete: names(incomplete)
 

@@ -14,9 +14,9 @@ import typer
 
 from gptcli import __version__
 from gptcli.cli import options, placing, ranks
-from gptcli.cli.keyboard import not_ignored
 from gptcli.cli.out import Output
 from gptcli.cli.warm import check_extra
+from gptcli.core.signals import not_ignored
 from gptcli.errors import NotFoundError, OutputError, UsageError
 from gptcli.spec.library import DEFAULT_MODEL
 
@@ -172,7 +172,7 @@ def _go_on_alone(out: Output, place: Place) -> int:
 
     Nothing that has threads is loaded yet.
     """
-    log = os.open(place.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    log = place.open_log()
     nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
     try:
         out.close()

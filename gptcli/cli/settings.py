@@ -19,8 +19,8 @@ _SEVERAL_NUMBERS = ("N[,N...]", "T[,T...]")  # the metavars of options that take
 def is_setting(param: Any) -> bool:
     """Whether a value may come from the settings: not for what has to be typed, nor for what only gptcli itself says.
 
-    What has to be typed (``allow_from_autoenv=False``) is what ends, replaces or removes something, or has a command do
-    something else than what it is for: a setting that was forgotten must not do that.
+    What has to be typed (``options.typed_option``) is an action of one command, whose name means something else to
+    others: what is set for these must not set it off.
     """
     return param.param_type_name != "option" or (param.allow_from_autoenv and not param.hidden)
 

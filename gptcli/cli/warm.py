@@ -183,7 +183,7 @@ def start_process(place: Place, folder: Path, asked: Mapping[str, str], threads:
     told_apart = {key for key in os.environ if key.startswith("GPTCLI_") and key != "GPTCLI_DEBUG"}
     environment = {key: value for key, value in os.environ.items() if key not in told_apart}
     try:
-        log = os.open(place.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        log = place.open_log()
         try:
             process = subprocess.Popen(
                 [*command, *options, f"--ready-fd={told}"],

@@ -94,12 +94,11 @@ class Pool:
         first = caches[0]
         if first is not None and len(caches) == 1:
             return first
-        if not any(caches):
-            return self.transformer.new_cache(len(caches), capacity, dtype)
         beside = self.transformer.new_cache(len(caches), capacity, dtype)
-        beside.set_lengths([])
-        for cache in caches:
-            beside.join(cache or self.transformer.new_cache(1, 1, dtype))
+        if any(caches):
+            beside.set_lengths([])
+            for cache in caches:
+                beside.join(cache or self.transformer.new_cache(1, 1, dtype))
         return beside
 
     def _together(self, prompts: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:

@@ -121,8 +121,9 @@ class Stepping:
         From the first prompt on, so that the same one is always read in the same way.
         """
         scaling = self.transformer.config.rope_scaling
-        if self._native_step() and (scaling is None or scaling.kind != "dynamic"):  # which turns all of a prompt alike
-            self._prepared = self._native
+        step = self._native_step()
+        if scaling is None or scaling.kind != "dynamic":  # which turns all of a prompt alike
+            self._prepared = step
 
     def prefill(self, *, prompt: int, tokens: int, rows: int) -> tuple[Forward, torch.dtype]:
         """How to go through prompts of up to so many tokens, and in which type the cache is fastest afterwards.

@@ -33,8 +33,8 @@ Result = TypeVar("Result")
 
 # Prompt tokens that are computed between two steps, where there are more: about what a step of many rows takes.
 _PROMPT_TOKENS = 256
-# Prompts that are looked at to be read at once; a few more than are worth it.
-_TOGETHER = 16
+# Prompts that the pool may choose from, to read some at once.
+_CHOICE = 16
 
 
 @dataclass(eq=False)
@@ -274,7 +274,7 @@ class Engine:
     def _line(self) -> list[Ticket]:
         """Those who are next, out of the queue: as many as there are places, and can be read at once."""
         line: list[Ticket] = []
-        places = min(self.rows - len(self._seats) - len(self._stale), _TOGETHER)
+        places = min(self.rows - len(self._seats) - len(self._stale), _CHOICE)
         with self._wake:
             while self._queue and len(line) < places:
                 ticket = self._queue.popleft()

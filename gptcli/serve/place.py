@@ -90,6 +90,10 @@ class Place:
     def log(self) -> Path:
         return self.folder / f"{self.name}.log"
 
+    def open_log(self) -> int:
+        """A descriptor of the log, begun anew; the caller closes it."""
+        return os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+
 
 def places(runtime: Path) -> list[Place]:
     """All that were ever used."""
@@ -107,8 +111,7 @@ class Claim:
 
     def hand_over(self, process: int) -> None:
         """Let a fork of this process have it: here it is let go of, and stays as it is."""
-        os.ftruncate(self._lock, 0)
-        os.pwrite(self._lock, str(process).encode(), 0)
+        _sign(self._lock, process)
         self.listener.close()
         os.close(self._lock)
         self._handed_over = True
@@ -137,8 +140,7 @@ def claim(place: Place) -> Claim | None:
     except OSError:
         os.close(lock)
         return None
-    os.truncate(lock, 0)
-    os.write(lock, str(os.getpid()).encode())  # for whoever looks
+    _sign(lock, os.getpid())
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         with suppress(FileNotFoundError):
@@ -152,6 +154,12 @@ def claim(place: Place) -> Claim | None:
         os.close(lock)
         raise ResourceError(f"{place.socket} can't be listened at: {error}", "set XDG_RUNTIME_DIR elsewhere") from None
     return Claim(place, lock, listener)
+
+
+def _sign(lock: int, process: int) -> None:
+    """Write down whose a lock is, for whoever looks."""
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, str(process).encode(), 0)
 
 
 def listens(place: Place) -> bool:

@@ -13,6 +13,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from gptcli.core import runtime
+from gptcli.core.signals import not_ignored
 from gptcli.serve.app import Service
 from gptcli.serve.connection import bounded
 from gptcli.serve.limits import Limits
@@ -111,9 +112,8 @@ async def _serve(
 
     service.stop = stop
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # what nohup, or a shell's ``&``, has had ignored stays so
-            loop.add_signal_handler(number, stop, number)
+    for number in not_ignored(signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        loop.add_signal_handler(number, stop, number)
     watch = asyncio.create_task(_stop_when_idle(service, idle_seconds)) if idle_seconds else None
     try:
         await server.serve(sockets=list(sockets))

@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gptcli.core import group, runtime
 from gptcli.core.checkpoint import save_folder
 from gptcli.core.model import Transformer
+from gptcli.core.signals import not_ignored
 from gptcli.errors import UsageError
 from gptcli.train.loss import Objective
 from gptcli.train.ranks import Part, Ranks
@@ -90,9 +91,8 @@ class Group(Ranks):
                 raise KeyboardInterrupt
             self.interrupted = True
 
-        # torchrun tells its processes by SIGTERM, or by what it was told itself. What nohup ignores stays ignored.
-        signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        heard = [each for each in signals if signal.getsignal(each) is not signal.SIG_IGN]
+        # torchrun tells its processes by SIGTERM, or by what it was told itself.
+        heard = not_ignored(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         before = {each: signal.signal(each, told) for each in heard}
         try:
             yield

@@ -11,6 +11,7 @@ namespace tiles {
 constexpr int ROWS = 16;    // of inputs in a tile, at most
 constexpr int PANELS = 4;   // at once, since a sum has to wait for the product before
 constexpr int COLUMNS = 32; // of inputs in a tile
+static_assert(GROUP % COLUMNS == 0, "matrices and inputs are padded to whole tiles");
 
 #if defined(GPTCLI_TILES)
 
