@@ -8,8 +8,6 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from gptcli.core.signals import not_ignored
-
 
 @contextlib.contextmanager
 def silent() -> Iterator[None]:
@@ -44,6 +42,7 @@ def interrupts(handle: Callable[[], None]) -> Iterator[None]:
 @contextlib.contextmanager
 def raised_on_termination() -> Iterator[None]:
     """A request to end becomes an exception, so that what has to be put back is put back."""
+    from gptcli.core.signals import not_ignored
 
     def end(number: int, frame: Any) -> None:
         raise SystemExit(128 + number)

@@ -16,7 +16,6 @@ from gptcli import __version__
 from gptcli.cli import options, placing, ranks
 from gptcli.cli.out import Output
 from gptcli.cli.warm import check_extra
-from gptcli.core.signals import not_ignored
 from gptcli.errors import NotFoundError, OutputError, UsageError
 from gptcli.spec.library import DEFAULT_MODEL
 
@@ -98,6 +97,7 @@ def serve(
         raise UsageError("--background and ranks do not go together", "let torchrun run in the background")
 
     from gptcli.cli.opening import find, open_for_inference
+    from gptcli.core.signals import not_ignored
     from gptcli.serve.place import Place, claim, claim_or_meet, fingerprint, runtime_folder
 
     found = find(model)

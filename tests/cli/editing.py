@@ -16,6 +16,8 @@ from gptcli.cli.edit_ghost import Found
 from gptcli.cli.edit_line import LineScreen
 from gptcli.cli.edit_text import TextScreen
 
+TAB, ENTER, ESCAPE, UP, DOWN, RIGHT, LEFT = "\t", "\r", "\x1b", "\x1b[A", "\x1b[B", "\x1b[C", "\x1b[D"
+ALT_ENTER, CTRL_SPACE, CTRL_E, CTRL_F, END = "\x1b\r", "\x00", "\x05", "\x06", "\x1b[F"
 _COLUMNS = DummyOutput().get_size().columns
 _PATIENCE = float(os.environ.get("TMUX_PATIENCE", 180))  # seconds, far beyond what anything here takes
 
