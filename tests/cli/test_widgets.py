@@ -290,6 +290,24 @@ def test_what_a_model_says_is_never_more_than_text(
 
 
 @pytest.mark.parametrize("name", SHELLS)
+def test_what_commands_say_on_stderr_is_seen_after_the_key(
+    name: str, opened: Open, served: Callable[[Answer], StandIn]
+) -> None:
+    """The question has streams of its own; the shell's are left as they are."""
+    served(words(" there"))
+    shell = opened(name)
+    shell.type("echo once")
+    shell.until("echo once")
+    shell.press(KEY)
+    shell.until("echo once there")
+    shell.press("C-u")
+    shell.until("")
+    shell.type("echo st''ill here >&2")
+    shell.press("Enter")
+    shell.wait("\nstill here")
+
+
+@pytest.mark.parametrize("name", SHELLS)
 def test_unloading_leaves_nothing(name: str, opened: Open, served: Callable[[Answer], StandIn]) -> None:
     server = served(words(" there"))
     shell = opened(name)

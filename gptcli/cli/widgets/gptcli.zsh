@@ -45,7 +45,9 @@ _gptcli_ask() {
   _gptcli_asked="$CURSOR $BUFFER"
   local left="${LBUFFER[-4000,-1]}" right="${${RBUFFER%%$'\n'*}[1,400]}"
   # Typed text is nobody else's business: it goes through pipes, never through arguments.
+  # Its stderr is closed within: a redirection behind this exec would be the shell's own from then on.
   exec {_gptcli_fd}< <(
+    exec 2>/dev/null
     (( $1 )) && zselect -t $1
     if (( $+commands[curl] )); then
       left="${${${${left//\\/\\\\}//\"/\\\"}//$'\n'/\\n}//$'\r'/\\r}"
@@ -54,15 +56,15 @@ _gptcli_ask() {
 data-urlencode = \"suffix=$right\"" |
         command curl -qsf -m $_gptcli_limit --unix-socket "$_gptcli_socket" -K - \
           -d num=$_gptcli_num -d until=$_gptcli_until -d min_prob=$_gptcli_min_prob \
-          -d deadline_seconds=$_gptcli_seconds http://localhost/gptcli/complete 2>/dev/null)
+          -d deadline_seconds=$_gptcli_seconds http://localhost/gptcli/complete)
       (( $? == 7 )) && answer='!' # a socket without its process
     else
       answer=$(print -rn -- "$left" |
         GPTCLI_SUFFIX=$right "${_gptcli_command[@]}" --num $_gptcli_num --until $_gptcli_until \
-          --min-prob $_gptcli_min_prob --deadline $_gptcli_seconds - 2>/dev/null)
+          --min-prob $_gptcli_min_prob --deadline $_gptcli_seconds -)
     fi
     print -rn -- "$answer"
-  ) 2>/dev/null
+  )
   _gptcli_pid=$sysparams[procsubstpid]
   zle -F -w $_gptcli_fd _gptcli-answer
 }
